@@ -124,8 +124,10 @@ class Equilibrium(nn.Module):
         z, self.forward_solve = self._solve(iteration, None, x.dtype, nonnegative=True)
         return z
 
-    def _solve_adjoint(self, z: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
+    def _solve_adjoint(self, z: Tensor, weight: Tensor, grad: Tensor | None) -> Tensor | None:
         """g = Jᵀg + ∂L/∂z*, from g = ∂L/∂z*; Jᵀg = Wᵀ(σ'∘g)."""
+        if grad is None:  # as autograd says that L does not depend on z*
+            return None
         apply = self.f.W.apply
 
         def iteration(dtype: torch.dtype) -> Linearised:
