@@ -1,0 +1,36 @@
+"""Positive concave deep equilibrium models: layers, solvers, networks and certificates.
+
+Gabor, Piotrowski, Cavalcante: Positive Concave Deep Equilibrium Models, ICML 2024,
+arXiv 2402.04029. This floor of the package needs torch alone; ``pcdeq.experiments`` trains.
+"""
+
+from pcdeq.activations import ACTIVATIONS, Activation
+from pcdeq.implicit import (
+    Equilibrium,
+    PcDEQConv2d,
+    PcDEQLinear,
+    project,
+    register_projection,
+)
+from pcdeq.networks import NETWORKS, Network, build_network
+from pcdeq.solvers import SOLVERS
+from pcdeq.weights import CheckpointError, load_network, load_weights
+
+__version__ = "1.0.0"
+
+__all__ = [
+    "ACTIVATIONS",
+    "NETWORKS",
+    "SOLVERS",
+    "Activation",
+    "CheckpointError",
+    "Equilibrium",
+    "Network",
+    "PcDEQConv2d",
+    "PcDEQLinear",
+    "build_network",
+    "load_network",
+    "load_weights",
+    "project",
+    "register_projection",
+]

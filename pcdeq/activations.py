@@ -1,0 +1,87 @@
+"""σ: the concave activations of pcDEQ layers.
+
+Each σ is nondecreasing, bounded and concave on [0, ∞), which makes z ↦ σ(Wz + x) with W ≥ 0 a
+positive concave mapping (Gabor, Piotrowski, Cavalcante, ICML 2024, Section 4). Where σ(0) = 0 the
+input x must be strictly positive (pcDEQ-1); where σ(0) > 0 it may be any nonnegative x (pcDEQ-2).
+
+The derivative is written in the function's own value v = σ(s): a fixed point z* = σ(Wz* + x) is
+such a value, so σ'(Wz* + x) comes from z* alone, with no second evaluation of the layer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One activation σ and what the theory needs to know of it.
+
+    Attributes:
+        name: the key in ``ACTIVATIONS``.
+        function: σ(s), elementwise, any floating dtype.
+        function_: the same, written over its argument.
+        derivative: σ'(s) as a function of v = σ(s), for s ≥ 0.
+        supremum: M = sup σ; every fixed point lies in [0, M].
+        variant: 1 if σ(0) = 0 (pcDEQ-1), 2 if σ(0) > 0 (pcDEQ-2).
+    """
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    function_: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+    supremum: float
+    variant: int
+
+    def __reduce__(self) -> tuple:
+        return get_activation, (self.name,)  # pickled and copied as its name
+
+
+def _softsign_(s: Tensor) -> Tensor:
+    return s.div_(s.abs().add_(1))
+
+
+def _tanh_derivative(v: Tensor) -> Tensor:
+    return torch.addcmul(v.new_ones(()), v, v, value=-1)  # 1 − v² in one pass
+
+
+def _softsign_derivative(v: Tensor) -> Tensor:
+    return (1 - v.abs()).square_()  # v = s/(1+s), so 1/(1+s)² = (1 − v)²
+
+
+def _relu6_derivative(v: Tensor) -> Tensor:
+    return ((v > 0) & (v < 6)).to(v.dtype)  # 0 at both kinks, as torch has it
+
+
+def _sigmoid_derivative(v: Tensor) -> Tensor:
+    return torch.addcmul(v, v, v, value=-1)  # v(1 − v) in one pass
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    a.name: a
+    for a in (
+        Activation("tanh", torch.tanh, torch.tanh_, _tanh_derivative, 1.0, 1),
+        Activation("softsign", F.softsign, _softsign_, _softsign_derivative, 1.0, 1),
+        Activation("relu6", F.relu6, lambda s: s.clamp_(0, 6), _relu6_derivative, 6.0, 1),
+        Activation("sigmoid", torch.sigmoid, torch.sigmoid_, _sigmoid_derivative, 1.0, 2),
+    )
+}
+
+
+def allowed(variant: int) -> tuple[str, ...]:
+    """The names of the activations that pcDEQ-``variant`` (1 or 2) may use, its default first."""
+    return tuple(a.name for a in ACTIVATIONS.values() if a.variant == variant)
+
+
+def get_activation(name: str) -> Activation:
+    """The activation of that name.
+
+    Raises:
+        ValueError: no activation has that name; the sentence lists those that there are.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {name!r}: choose from {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]

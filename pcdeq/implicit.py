@@ -1,0 +1,279 @@
+"""The equilibrium as a module: z* = f(z*, x) forward, the implicit function theorem backward.
+
+Forward, a solver finds z* without recording a graph. One recorded node then stands for the last
+evaluation of f at z*, and a hook on its output turns ∂L/∂z* into the solution g of the adjoint
+equation g = Jᵀg + ∂L/∂z*, J = ∂f/∂z at z*, before the node hands g on to x and W (Bai, Kolter,
+Koltun, NeurIPS 2019; paper, Section 4.4). Memory is one activation, whatever the iterations.
+
+At the fixed point σ'(Wz* + x) is known from z* = σ(Wz* + x) itself: neither the node nor the
+hook evaluates the layer again.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from pcdeq.activations import Activation, get_activation
+from pcdeq.layers import ConcaveLayer, Nonnegative, NonnegativeConv2d, NonnegativeLinear
+from pcdeq.solvers import BF16_TOL, SOLVERS, Linearised, Solve, refine
+
+PRECISIONS = ("fp32", "mixed", "bf16")
+
+
+class Equilibrium(nn.Module):
+    """x ↦ z*, the fixed point of f(·, x).
+
+    Args:
+        f: the positive concave layer.
+        solver: ``"picard"`` or ``"anderson"``, for the forward and the adjoint equation.
+        precision: of the solves. ``"fp32"``: the parameters' own. ``"mixed"``: bfloat16, refined
+            until the rule holds in the parameters' precision. ``"bf16"``: bfloat16, to a tolerance
+            of 2⁻⁸ or ``tol``, whichever is larger; the result is in the parameters' precision.
+            A float64 model computes in float64 whatever is said here.
+        tol: relative tolerance of the stopping rule.
+        max_iter: largest number of evaluations of one solve.
+
+    Attributes:
+        forward_solve: figures of the last forward solve (``Solve`` with ``z=None``), or ``None``.
+        backward_solve: the same of the last adjoint solve.
+
+    Raises:
+        ValueError: an option is none of the above.
+    """
+
+    def __init__(
+        self,
+        f: ConcaveLayer,
+        solver: str = "picard",
+        precision: str = "fp32",
+        tol: float = 1e-4,
+        max_iter: int = 200,
+    ):
+        super().__init__()
+        if solver not in SOLVERS:
+            raise ValueError(f"unknown solver {solver!r}: choose from {', '.join(SOLVERS)}")
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"unknown precision {precision!r}: choose from {', '.join(PRECISIONS)}"
+            )
+        if not tol > 0:
+            raise ValueError(f"tol must be positive, not {tol}")
+        if max_iter < 1:
+            raise ValueError(f"max_iter must be at least 1, not {max_iter}")
+        self.f = f
+        self.solver = solver
+        self.precision = precision
+        self.tol = tol
+        self.max_iter = max_iter
+        self.forward_solve: Solve | None = None
+        self.backward_solve: Solve | None = None
+
+    @property
+    def iter_forward(self) -> int:
+        """Evaluations of f in the last forward solve (0 before the first)."""
+        return self.forward_solve.iterations if self.forward_solve else 0
+
+    @property
+    def iter_backward(self) -> int:
+        """Jacobian products in the last adjoint solve (0 before the first)."""
+        return self.backward_solve.iterations if self.backward_solve else 0
+
+    def low_precision(self, dtype: torch.dtype) -> bool:
+        """Whether solves of a layer in ``dtype`` use bfloat16."""
+        return self.precision != "fp32" and dtype == torch.float32
+
+    def gradient_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What the gradient of W is computed in, for a layer in ``dtype``."""
+        low = self.precision == "bf16" and dtype == torch.float32
+        return torch.bfloat16 if low else dtype
+
+    def extra_repr(self) -> str:
+        return (
+            f"solver={self.solver}, precision={self.precision}, "
+            f"tol={self.tol:g}, max_iter={self.max_iter}"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """z* for an injected x ≥ 0 of shape (B, …); same shape and dtype."""
+        weight = self.f.W.weight()  # W, once for the whole solve
+        with torch.no_grad(), _no_autocast(x):
+            z = self._solve_forward(x, weight)
+        if not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+            return z
+        z_star = _AtEquilibrium.apply(z, x, weight, self)
+        # The hook holds z, not z_star: a hook that holds its own tensor is a reference cycle.
+        z_star.register_hook(functools.partial(self._solve_adjoint, z, weight.detach()))
+        return z_star
+
+    def _solve_forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """z = σ(Wz + x), from z = 0."""
+
+        def iteration(dtype: torch.dtype) -> Linearised:
+            W, b = weight.to(dtype), x.to(dtype)
+            apply, derivative = self.f.W.apply, self.f.activation.derivative
+
+            def tangent(fz: Tensor):
+                slope = derivative(fz)  # σ'(Wz + x)
+                return lambda v, r: torch.addcmul(r, slope, apply(v, W))  # J = diag(σ')·W
+
+            return Linearised(lambda z: self.f.evaluate(z, b, W), tangent)
+
+        z, self.forward_solve = self._solve(iteration, None, x.dtype, nonnegative=True)
+        return z
+
+    @torch.no_grad()
+    def _solve_adjoint(self, z: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
+        """g = Jᵀg + ∂L/∂z*, from g = ∂L/∂z*; Jᵀg = Wᵀ(σ'∘g)."""
+        slope = self.f.activation.derivative(z)
+        transposed = self.f.W.transpose(weight)
+        apply = self.f.W.apply
+
+        def iteration(dtype: torch.dtype) -> Linearised:
+            Wt, d, b = transposed.to(dtype), slope.to(dtype), grad.to(dtype)
+            return Linearised(
+                lambda g: apply(d * g, Wt, b),
+                lambda _: lambda v, r: apply(d * v, Wt, r),
+            )
+
+        with _no_autocast(z):
+            g, self.backward_solve = self._solve(iteration, grad, z.dtype, nonnegative=False)
+        return g
+
+    def _solve(self, iteration, start, dtype: torch.dtype, *, nonnegative: bool):
+        """One solve in the precision asked for: the solution in ``dtype``, and its figures."""
+        solver = SOLVERS[self.solver]
+        rule = {"tol": self.tol, "max_iter": self.max_iter, "nonnegative": nonnegative}
+        if not self.low_precision(dtype):
+            solve = solver(iteration(dtype).f, start, **rule)
+        elif self.precision == "mixed":
+            full, low = iteration(dtype), iteration(torch.bfloat16)
+            solve = refine(full.f, low, start, solver=solver, dtype=dtype, **rule)
+        else:
+            rule["tol"] = max(self.tol, BF16_TOL)
+            start = None if start is None else start.bfloat16()
+            solve = solver(iteration(torch.bfloat16).f, start, **rule)._replace(full=0)
+        return solve.z.to(dtype), solve._replace(z=None)
+
+
+class _AtEquilibrium(torch.autograd.Function):
+    """The recorded evaluation z* = σ(Wz* + x), as a function of x and W; its value is known.
+
+    Backward, with y = σ'∘g for the g that the hook has solved for: ∂x = y, ∂W = ∂⟨y, Wz*⟩/∂W.
+    """
+
+    @staticmethod
+    def forward(ctx, z: Tensor, x: Tensor, weight: Tensor, equilibrium: Equilibrium) -> Tensor:
+        ctx.save_for_backward(z)
+        ctx.equilibrium = equilibrium
+        return z.view_as(z)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[None, Tensor, Tensor, None]:
+        (z,) = ctx.saved_tensors
+        equilibrium = ctx.equilibrium
+        y = equilibrium.f.activation.derivative(z).mul_(g)
+        dtype = equilibrium.gradient_dtype(z.dtype)
+        with _no_autocast(z):
+            dW = equilibrium.f.W.weight_gradient(z.to(dtype), y.to(dtype)).to(z.dtype)
+        return None, y, dW, None
+
+
+class PcDEQ(nn.Module):
+    """A pcDEQ layer: injection and equilibrium, h ↦ z* = σ(Wz* + x), x = inject(h).
+
+    The variant follows from the activation (paper, Section 4): tanh, softsign and relu6 make
+    pcDEQ-1, whose x = softplus(h), beta 5, is strictly positive; sigmoid makes pcDEQ-2, whose
+    x = relu(h) is nonnegative. It computes in its parameters' precision, whatever comes in, also
+    under ``torch.autocast``.
+
+    After each optimizer step, call ``project`` (or ``register_projection`` once).
+
+    Attributes:
+        activation: σ.
+        deq: the ``Equilibrium``, with the figures of its last solves.
+    """
+
+    def __init__(self, W: NonnegativeLinear | NonnegativeConv2d, activation: str, **options):
+        super().__init__()
+        self.deq = Equilibrium(ConcaveLayer(W, get_activation(activation)), **options)
+
+    @property
+    def activation(self) -> Activation:
+        return self.deq.f.activation
+
+    def inject(self, h: Tensor) -> Tensor:
+        """x > 0 (pcDEQ-1) or x ≥ 0 (pcDEQ-2), shape and dtype of h."""
+        if self.activation.variant == 2:
+            return F.relu(h)
+        x = F.softplus(h, beta=5)
+        with torch.no_grad():
+            # float32's softplus is 0 below −20.5. The smallest positive number changes no positive
+            # result and keeps x > 0, without which the fixed point need not be unique.
+            x.clamp_(min=smallest_positive(x.dtype, x.device.type))
+        return x
+
+    def forward(self, h: Tensor) -> Tensor:
+        """z* of the shape of h, in the parameters' dtype."""
+        return self.deq(self.inject(h.to(self.deq.f.W.weight_v.dtype)))
+
+
+class PcDEQLinear(PcDEQ):
+    """pcDEQ layer on vectors: h of shape (…, features), W a features × features matrix.
+
+    Args:
+        features: length of the last axis of input and output.
+        activation: ``"tanh"``, ``"softsign"``, ``"relu6"`` (pcDEQ-1) or ``"sigmoid"`` (pcDEQ-2).
+        options: ``solver``, ``precision``, ``tol``, ``max_iter`` of ``Equilibrium``.
+    """
+
+    def __init__(self, features: int, *, activation: str = "tanh", **options):
+        super().__init__(NonnegativeLinear(features), activation, **options)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h.reshape(-1, h.shape[-1])).view(h.shape)
+
+
+class PcDEQConv2d(PcDEQ):
+    """pcDEQ layer on images: h of shape (B, channels, H, W), W a 3×3 convolution with padding 1.
+
+    Args:
+        channels: of input and output.
+        activation: as for ``PcDEQLinear``.
+        options: ``solver``, ``precision``, ``tol``, ``max_iter`` of ``Equilibrium``.
+    """
+
+    def __init__(self, channels: int, *, activation: str = "tanh", **options):
+        super().__init__(NonnegativeConv2d(channels), activation, **options)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h.contiguous(memory_format=torch.channels_last))
+
+
+def project(model: nn.Module) -> None:
+    """Projects every pcDEQ weight in ``model`` onto the nonnegative orthant, in place."""
+    for module in model.modules():
+        if isinstance(module, Nonnegative):
+            module.clamp()
+
+
+def register_projection(
+    optimizer: torch.optim.Optimizer, model: nn.Module
+) -> torch.utils.hooks.RemovableHandle:
+    """Makes ``project(model)`` follow every ``optimizer.step()``; returns the removable handle."""
+    return optimizer.register_step_post_hook(lambda *_: project(model))
+
+
+@functools.cache
+def smallest_positive(dtype: torch.dtype, device_type: str) -> float:
+    """The least positive number of ``dtype`` that arithmetic on the device does not flush to 0."""
+    info = torch.finfo(dtype)
+    subnormal = torch.full((1,), info.smallest_normal * info.eps, dtype=dtype, device=device_type)
+    return subnormal.item() if (subnormal * 1).item() > 0 else info.tiny
+
+
+def _no_autocast(t: Tensor) -> torch.autocast:
+    return torch.autocast(t.device.type, enabled=False)

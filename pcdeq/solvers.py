@@ -1,0 +1,219 @@
+"""z = f(z): fixed-point solvers with one stopping rule.
+
+A solve ends at the first evaluation whose residual, over the whole batch tensor, satisfies
+
+    ‖f(z) − z‖₂ / (‖f(z)‖₂ + 1e-5) < tol                            (paper, Section 5)
+
+and returns f(z). Two iterations are offered: Picard, z ← f(z), which converges geometrically from
+any nonnegative start when f is a positive concave mapping; and Anderson acceleration of depth one
+(Anderson, 1965) with one mixing scalar per sample. ``refine`` runs either of them in bfloat16 and
+ends at the rule in full precision, by the iterative refinement of numerical linear algebra
+(Wilkinson, 1963; Carson and Higham, 2018) with a Newton correction. Nothing here knows a layer.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-5  # in the denominator of the residual, so that z* = 0 is no special case
+BF16_TOL = 2.0**-8  # the unit roundoff of bfloat16: the least residual that it can be asked for
+
+# Reading a residual stops a GPU until it is idle, so there several evaluations are queued first.
+# Iterates behind the first that meets the rule are dropped: the result does not depend on this.
+CHECK_EVERY = {"cpu": 1, "cuda": 4, "mps": 4}
+
+Map = Callable[[Tensor | None], Tensor]
+
+
+class Solve(NamedTuple):
+    """What a solve returns.
+
+    Attributes:
+        z: the last evaluation f(z), shape of the start; ``None`` where only the figures are kept.
+        iterations: evaluations of the map in any precision, products with its Jacobian included.
+        full: those of them in the full precision.
+        residual: of the last evaluation, by the stopping rule; NaN if the iterates were not finite.
+        converged: whether the residual is below the tolerance.
+    """
+
+    z: Tensor | None
+    iterations: int
+    full: int
+    residual: float
+    converged: bool
+
+
+def picard(
+    f: Map, z: Tensor | None, *, tol: float, max_iter: int, nonnegative: bool = True
+) -> Solve:
+    """Plain fixed-point iteration z ← f(z).
+
+    Args:
+        f: the map. It must not write to its argument; ``f(None)`` means f(0).
+        z: the start, any shape with the batch in front, or ``None`` for the origin.
+        tol: relative tolerance of the stopping rule.
+        max_iter: largest number of evaluations; where it is reached, ``converged`` is false.
+        nonnegative: for Anderson; a plain step stays where f maps to.
+    """
+    return _iterate(f, z, lambda z, fz: fz, tol, max_iter)
+
+
+def anderson(
+    f: Map, z: Tensor | None, *, tol: float, max_iter: int, nonnegative: bool = True
+) -> Solve:
+    """Anderson acceleration of depth one: a secant step along the last two evaluations.
+
+    With r = f(z) − z and its change Δr, each sample takes z ← f(z) − γ·Δf(z), γ = ⟨r, Δr⟩/‖Δr‖²,
+    which minimises ‖r − γΔr‖. A sample whose residual did not fall takes the plain step (γ = 0).
+
+    Args:
+        f: as for ``picard``.
+        z: as for ``picard``.
+        tol: as for ``picard``.
+        max_iter: as for ``picard``.
+        nonnegative: project each mixed iterate onto the nonnegative orthant, where f is defined.
+    """
+    f_before = r_before = size_before = None
+
+    def mix(z: Tensor | None, fz: Tensor) -> Tensor:
+        nonlocal f_before, r_before, size_before
+        r = fz if z is None else fz - z
+        size = _sample_norms(r)  # (B, 1, …), float32 or float64
+        mixed = fz
+        if r_before is not None:
+            change = _sample_norms(r - r_before)
+            # ⟨r, Δr⟩ by polarisation, so that only norms are needed
+            gamma = (size.square() + change.square() - size_before.square()) / 2
+            gamma = gamma / change.square().clamp_(min=torch.finfo(change.dtype).tiny)
+            gamma = gamma.where(size < size_before, 0).to(fz.dtype)
+            mixed = torch.lerp(fz, f_before, gamma)
+            if nonnegative:
+                mixed.clamp_(min=0)
+        f_before, r_before, size_before = fz, r, size
+        return mixed
+
+    return _iterate(f, z, mix, tol, max_iter)
+
+
+SOLVERS: dict[str, Callable[..., Solve]] = {"picard": picard, "anderson": anderson}
+
+
+class Linearised(NamedTuple):
+    """A map together with its tangent: ``f(z)``, and ``tangent(f(z))(v, r) = J(z)v + r``."""
+
+    f: Map
+    tangent: Callable[[Tensor], Callable[[Tensor, Tensor], Tensor]]
+
+
+def refine(
+    f: Map,
+    low: Linearised,
+    z: Tensor | None,
+    *,
+    solver: Callable[..., Solve],
+    dtype: torch.dtype,
+    tol: float,
+    max_iter: int,
+    nonnegative: bool = True,
+) -> Solve:
+    """Mixed precision: solve roughly in a low precision, then correct until ``f`` meets the rule.
+
+    Each round evaluates f once in full precision, which checks the rule and gives the residual
+    r = f(z) − z; the Newton correction δ = Jδ + r is solved in the low precision to a few percent,
+    and z + δ = f(z) + (δ − r) is the next z. The fixed point is unique, so any nonnegative z is a
+    safe place to go on from: where a correction did not lower the residual, the plain step f(z) is
+    taken instead.
+
+    Args:
+        f: the map in full precision.
+        low: the map and its tangent in the low precision.
+        z: start in the full precision, or ``None`` for the origin.
+        solver: one of ``SOLVERS``, for the two kinds of low-precision solves.
+        dtype: the full precision.
+        tol: as for ``picard``, of the residual in full precision.
+        max_iter: largest number of evaluations, of either precision together.
+        nonnegative: project corrected iterates onto the nonnegative orthant.
+    """
+    low_start = None if z is None else z.to(torch.bfloat16)
+    rough = solver(low.f, low_start, tol=ROUGH_TOL, max_iter=max_iter - 1, nonnegative=nonnegative)
+    z = rough.z.to(dtype)
+    iterations, full, before = rough.iterations, 0, math.inf
+    while True:
+        fz = f(z)
+        iterations, full = iterations + 1, full + 1
+        r = fz - z
+        residual = _relative(*_read([_norm(r), _norm(fz)]))
+        if not residual >= tol or iterations >= max_iter:
+            return Solve(fz, iterations, full, residual, residual < tol)
+        if residual < before and iterations + 1 < max_iter:
+            r_low = r.to(torch.bfloat16)
+            tangent = low.tangent(fz.to(torch.bfloat16))
+            correction = solver(
+                lambda v, tangent=tangent, r=r_low: tangent(v, r),
+                r_low,
+                tol=CORRECTION_TOL,
+                max_iter=max_iter - 1 - iterations,
+                nonnegative=False,
+            )
+            iterations += correction.iterations
+            z = fz.add_(correction.z - r_low)
+            if nonnegative:
+                z.clamp_(min=0)
+        else:
+            z = fz
+        before = residual
+
+
+ROUGH_TOL = BF16_TOL  # of the first low-precision solve
+CORRECTION_TOL = 0.02  # of a correction: it is small already, a few percent of it are enough
+
+
+def _iterate(
+    f: Map, z: Tensor | None, mix: Callable[[Tensor, Tensor], Tensor], tol: float, max_iter: int
+) -> Solve:
+    """Iterates z ← mix(z, f(z)) until f(z) meets the rule; reads residuals a few at a time."""
+    iterations = 0
+    while True:
+        pending, norms = [], []
+        for _ in range(max_iter - iterations):
+            fz = f(z)
+            size = _norm(fz)
+            norms += [size if z is None else _norm(fz - z), size]
+            pending.append(fz)
+            if len(pending) == CHECK_EVERY.get(fz.device.type, 1):
+                break
+            z = mix(z, fz)
+        sizes = _read(norms)
+        for fz, change, size in zip(pending, sizes[::2], sizes[1::2], strict=True):
+            iterations += 1
+            residual = _relative(change, size)
+            if not residual >= tol or iterations == max_iter:  # NaN ends a solve too
+                return Solve(fz, iterations, iterations, residual, residual < tol)
+        z = mix(z, pending[-1])
+
+
+def _relative(change: float, size: float) -> float:
+    return change / (size + EPSILON)
+
+
+def _norm(t: Tensor) -> Tensor:
+    """‖t‖₂ over the whole tensor, accumulated in float32 at least; 0-dimensional."""
+    return torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
+
+
+def _sample_norms(t: Tensor) -> Tensor:
+    """‖·‖₂ of each sample, shape (B, 1, …), accumulated in float32 at least."""
+    axes = tuple(range(1, t.ndim))
+    return torch.linalg.vector_norm(
+        t, dim=axes, keepdim=True, dtype=torch.promote_types(t.dtype, torch.float32)
+    )
+
+
+def _read(scalars: list[Tensor]) -> list[float]:
+    """Python floats of 0-dimensional tensors, with one synchronisation for all of them."""
+    if scalars[0].device.type == "cpu":
+        return [s.item() for s in scalars]
+    return torch.stack(scalars).tolist()

@@ -1,0 +1,174 @@
+"""Reading trained weights, this project's and the authors': verified, or refused with a reason.
+
+A checkpoint of this project is a dict: what the network is (``network, activation, dataset,
+augment, classes``) and its state dict (``model``). The authors' checkpoints are bare state dicts
+with the same keys. Nothing in a file is executed (``weights_only=True``), and its checksums are
+verified first: ``torch.load`` does not, and loads flipped bits as silently wrong weights.
+"""
+
+import os
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pcdeq.networks import DATASETS, NETWORKS, Network, build_network
+
+IDENTITY = ("network", "activation", "dataset", "augment", "classes")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read, or is not one for this network; the message names the file."""
+
+
+def describe(model: Network) -> dict:
+    """What the network is, as plain values: the entries that a checkpoint has beside ``model``."""
+    return {
+        "network": model.name,
+        "activation": model.activation,
+        "dataset": model.dataset,
+        "augment": model.augment,
+        "classes": model.classes,
+    }
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """Reads a checkpoint onto the CPU after verifying the checksum of each part of the file.
+
+    Args:
+        path: a file as ``torch.save`` writes it.
+
+    Returns:
+        The dict: this project's checkpoint, or the authors' state dict.
+
+    Raises:
+        CheckpointError: no such file, damaged, holding anything but tensors and plain values, or
+            not a checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise CheckpointError(f"{path} is damaged: the checksum of {damaged} does not match")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"{path} is no checkpoint, or is damaged: {_brief(error)}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # a damaged or foreign archive can fail anywhere in the readers
+        raise CheckpointError(
+            f"{path} is no checkpoint of tensors and plain values, or is damaged: {_brief(error)}"
+        ) from error
+    model = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(model, dict) or not all(isinstance(v, Tensor) for v in model.values()):
+        raise CheckpointError(f"{path} is no checkpoint: it holds no state dict of tensors")
+    return content
+
+
+def load_weights(model: Network, path: str | os.PathLike) -> None:
+    """Loads this project's ``best.pth``/``last.pth`` or the authors' checkpoint into a network.
+
+    The authors' files say neither variant nor activation nor data set, so they are refused only
+    where keys or shapes differ: whether they belong to ``model`` otherwise is the caller's word.
+
+    Args:
+        model: a network from ``build_network``; changed only if the checkpoint fits.
+        path: the file.
+
+    Raises:
+        CheckpointError: unreadable (see ``read_checkpoint``), or of another network, activation,
+            data set or number of classes; the message names both.
+    """
+    content = read_checkpoint(path)
+    if "model" in content:
+        mine, theirs = describe(model), {key: content.get(key) for key in IDENTITY}
+        if mine != theirs:
+            raise CheckpointError(f"{path} holds {_sentence(theirs)}, not {_sentence(mine)}")
+    _load_state(model, content.get("model", content), path)
+
+
+def load_network(
+    path: str | os.PathLike,
+    network: str | None = None,
+    activation: str | None = None,
+    dataset: str | None = None,
+    augment: bool | None = None,
+    **solver_options,
+) -> Network:
+    """Builds the network that a checkpoint holds, and loads it.
+
+    Args:
+        path: the file.
+        network: name of the network; needed for the authors' files, which do not say it.
+        activation: likewise.
+        dataset: likewise.
+        augment: likewise; taken from the file, or false, where not given.
+        solver_options: as for ``build_network``.
+
+    Returns:
+        The network on the CPU, in evaluation mode.
+
+    Raises:
+        CheckpointError: unreadable, contradicting the arguments, or needing them.
+    """
+    content = read_checkpoint(path)
+    asked = dict(zip(IDENTITY, (network, activation, dataset, augment), strict=False))
+    if "model" in content:
+        identity = {key: content.get(key) for key in IDENTITY}
+        for key, value in asked.items():
+            if value is not None and value != identity[key]:
+                raise CheckpointError(
+                    f"{path} holds {_sentence(identity)}: its {key} is not {value}"
+                )
+        if identity["network"] not in NETWORKS or identity["dataset"] not in DATASETS:
+            raise CheckpointError(f"{path} does not say which network it holds")
+    else:
+        missing = [key for key in IDENTITY[:3] if asked[key] is None]
+        if missing:
+            raise CheckpointError(
+                f"{path} is a plain state dict, which does not say its {' and '.join(missing)}: "
+                "name them"
+            )
+        classifier = content.get("classifier.weight")
+        classes = len(classifier) if classifier is not None else 10
+        identity = {**asked, "augment": bool(augment), "classes": classes}
+    try:
+        model = build_network(*(identity[key] for key in IDENTITY), **solver_options)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} holds no network of this collection: {error}") from error
+    _load_state(model, content.get("model", content), path)
+    return model.eval()
+
+
+def _load_state(model: nn.Module, state: dict, path: str | os.PathLike) -> None:
+    mine = model.state_dict()
+    missing, foreign = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
+    shapes = [key for key in mine.keys() & state.keys() if mine[key].shape != state[key].shape]
+    faults = {"lacks": missing, "has an unknown": foreign, "has another shape of": shapes}
+    for what, keys in faults.items():
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise CheckpointError(
+                f"{path} is for another network than {_sentence(describe(model))}: "
+                f"it {what} {min(keys)}{more}"
+            )
+    model.load_state_dict(state)
+
+
+def _sentence(identity: dict) -> str:
+    aug = " with augmentation" if identity["augment"] else ""
+    return (
+        f"{identity['network']} with {identity['activation']} for {identity['dataset']}{aug}, "
+        f"{identity['classes']} classes"
+    )
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:120] if lines else type(error).__name__
