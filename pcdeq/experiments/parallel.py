@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,7 +95,10 @@ class Processes:
             return network
         if self.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            # torch 2.14 has another name for broadcast_buffers, which 2.11 does not know.
+            warnings.simplefilter("ignore", FutureWarning)
+            return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
     def agree(self, network: nn.Module) -> None:
         """Gives all processes the first one's running statistics, before they are used or saved."""

@@ -293,8 +293,9 @@ class Run:
                     (self.folder / name).unlink(missing_ok=True)
             elif (self.folder / CONFIG).exists():
                 old = read_config(self.folder)
-                then = {name: old.get(name) for name in environment}
-                earlier = old.get("earlier", []) + [then] * (then != environment)
+                here = {name: value for name, value in environment.items() if name != "command"}
+                then = {name: old.get(name) for name in here}
+                earlier = old.get("earlier", []) + [then] * (then != here)
         except OSError as error:
             raise RunError(f"{self.folder} cannot be written ({error.strerror})") from None
         record = {**asdict(self.config), "data": self.config.data, **environment}
