@@ -292,6 +292,8 @@ def _sample(shape: tuple[int, int, int]) -> tuple[Labelled, Labelled]:
 
 def _image_folders(folder: Path, shape: tuple[int, int, int]) -> tuple[Labelled, Labelled, int]:
     train, test = (_list_images(folder / part) for part in ("train", "test"))
+    if len(train.classes) < 2:
+        raise DataError(f"{folder}/train holds one class: there is nothing to tell apart")
     if differing := sorted(set(train.classes) ^ set(test.classes)):
         raise DataError(
             f"{folder}: train/ and test/ must hold the same classes; only one of them has "
