@@ -4,6 +4,7 @@ import hashlib
 import pickle
 import re
 import shutil
+import socket
 import tarfile
 import urllib.request
 import warnings
@@ -347,6 +348,7 @@ def test_half_a_download_is_not_left_behind(tmp_path, stop):
     half, whole = tmp_path / "half", tmp_path / "whole"
 
     def read(train: bool):
+        assert socket.getdefaulttimeout() == data.CONNECT_SECONDS
         half.write_bytes(b"ha")
         whole.write_bytes(b"whole")
         raise stop
@@ -354,6 +356,7 @@ def test_half_a_download_is_not_left_behind(tmp_path, stop):
     sums = {half: hashlib.md5(b"half").hexdigest(), whole: hashlib.md5(b"whole").hexdigest()}
     with pytest.raises(KeyboardInterrupt if isinstance(stop, KeyboardInterrupt) else DataError):
         data._genuine(data.Genuine("Some set", sums, {}, "http://example.org", read))
+    assert socket.getdefaulttimeout() is None
     assert not half.exists() and whole.read_bytes() == b"whole"
 
 
