@@ -39,8 +39,7 @@ COLUMNS = (
     "epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc",
     "forward_iters", "backward_iters", "unconverged", "seconds",
 )  # fmt: skip
-# What ``last.pth`` carries beside the weights.
-STATE = {"rows": list, "optimizer": dict, "flags": dict}
+STATE = {"rows": list, "optimizer": dict, "flags": dict}  # what last.pth adds to the weights
 
 
 class RunError(RuntimeError):
@@ -317,9 +316,7 @@ class Run:
             return None
         checkpoint = read_checkpoint(path)
         state = checkpoint.get("training")
-        if not isinstance(state, dict) or not all(
-            isinstance(state.get(name), kind) and state[name] for name, kind in STATE.items()
-        ):
+        if not _is_state(state):
             raise CheckpointError(f"{path} holds weights but no run to go on with")
         different = differences(state["flags"], self.config.identity())
         if different:
@@ -352,9 +349,17 @@ class Run:
 
     def kept(self, epochs: int) -> str:
         """What is safe after so many complete epochs, for a message."""
-        return (
-            f"{self.folder} holds {epochs} complete epoch(s)" if epochs else "no epoch is complete"
-        )
+        return f"{self.folder} holds the run up to epoch {epochs}" if epochs else "no epoch is done"
+
+
+def _is_state(state: Any) -> bool:
+    """Whether this is what ``STATE`` says, with a row for each epoch from 1 on."""
+    return (
+        isinstance(state, dict)
+        and all(isinstance(state.get(name), kind) and state[name] for name, kind in STATE.items())
+        and all(isinstance(row, dict) and row.keys() == set(COLUMNS) for row in state["rows"])
+        and [row["epoch"] for row in state["rows"]] == list(range(1, len(state["rows"]) + 1))
+    )
 
 
 def best_of(rows: list[dict[str, Any]]) -> dict[str, Any]:

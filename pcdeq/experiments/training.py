@@ -27,6 +27,7 @@ from pcdeq.experiments.data import ImageSet
 from pcdeq.experiments.evaluation import evaluate
 from pcdeq.experiments.parallel import ALONE, Processes, first_line, join
 from pcdeq.experiments.runs import (
+    BEST,
     CERTIFICATES,
     LAST,
     Run,
@@ -209,12 +210,14 @@ def train(config: RunConfig) -> RunResult:
             f"{processes.world} × {where['threads']} threads\n"
             f"{len(trainer.images):,} training and {len(test_set):,} test images ({config.data})"
         )
+        if checkpoint and not (run.folder / BEST).exists():
+            say(f"{BEST} is gone: the first epoch that is better than all before writes it again")
         if len(result.rows) < config.epochs:
             say(HEADER)
         with Signals() as signals:
             for epoch in range(len(result.rows) + 1, config.epochs + 1):
                 if processes.first:
-                    signals.advice = f"{run.kept(epoch - 1)}, --resume goes on from there"
+                    signals.advice = f"{run.kept(epoch - 1)}, --resume goes on"
                 try:
                     row = _train_and_test(trainer, test_set, epoch, signals.check)
                 except FloatingPointError as error:
