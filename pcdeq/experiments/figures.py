@@ -1,0 +1,200 @@
+"""Figures: what results and runs say, epoch by epoch. Only this file knows matplotlib.
+
+Readable at column width and without colours: the palette is Okabe and Ito's for all kinds of colour
+vision (2008), and each activation has a dash pattern of its own where lines would otherwise differ
+in colour alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pcdeq.experiments.recipes import ROWS
+from pcdeq.experiments.results import Result, read_metrics
+from pcdeq.experiments.runs import RunError
+from pcdeq.experiments.tables import TITLES, Line, changed_options, lines_of, network_title
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", (0, (6, 2)), (0, (2, 1)), (0, (6, 2, 1, 2)))
+LOOK = {"tanh": 0, "softsign": 1, "relu6": 2, "sigmoid": 3}  # activation → colour and dashes
+COLUMN = 3.4  # inches: a column of a two-column paper
+STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "legend.fontsize": 7,
+    "lines.linewidth": 1.2,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e5e5e5",
+    "legend.frameon": False,
+    "figure.dpi": 200,
+    "savefig.dpi": 200,
+    "pdf.fonttype": 42,  # text stays text
+}
+
+
+@contextmanager
+def drawing(
+    path: Path, width: float, height: float, formats: Sequence[str] = ("png", "pdf")
+) -> Iterator[Figure]:
+    """A figure to draw on, written as ``path`` with each ending when the block ends.
+
+    Args:
+        path: where, without the ending; its folder is made when absent.
+        width: inches.
+        height: inches.
+        formats: the endings.
+
+    Raises:
+        RunError: there is no matplotlib.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise RunError("figures need matplotlib: pip install matplotlib") from None
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for ending in formats:
+            figure.savefig(f"{path}.{ending}")
+
+
+def result_figures(results: Iterable[Result], directory: str | Path) -> list[Path]:
+    """Accuracy and iterations against epoch, one figure each per data set that has results.
+
+    A panel for each kind of network, a line for each row: the mean over seeds, and their standard
+    deviation as a band.
+
+    Returns:
+        The PNG files written.
+    """
+    paths = []
+    lines = [line for line in lines_of(ROWS, list(results)) if line.results]
+    for dataset, mine in groupby(lines, key=lambda line: line.recipe.dataset):
+        panels = [
+            (title, list(panel))
+            for title, panel in groupby(mine, key=lambda line: _kind(line, dataset))
+        ]
+        for name, draw in (("accuracy", _accuracy), ("iterations", _iterations)):
+            path = Path(directory) / f"{dataset}_{name}"
+            with drawing(path, 0.5 + 2.6 * len(panels), 2.6, ("png",)) as figure:
+                axes = figure.subplots(1, len(panels), squeeze=False)[0]
+                for axis, (title, panel) in zip(axes, panels, strict=True):
+                    draw(axis, panel)
+                    axis.set(title=title, xlabel="epoch")
+            paths.append(path.with_suffix(".png"))
+    return paths
+
+
+def _kind(line: Line, dataset: str) -> str:
+    kind = network_title(line.recipe.net).rsplit(" ", 1)[0]
+    return f"{TITLES[dataset]}{' --aug' * line.recipe.augment}, {kind}"
+
+
+def _accuracy(axis: Axes, lines: list[Line]) -> None:
+    everything = []
+    for line in lines:
+        each = np.array([result.test_acc for result in line.results])  # (seeds, epochs)
+        _band(axis, each, _label(line), *_look(line))
+        everything.append(each.ravel())
+    values = np.concatenate(everything)
+    low, high = np.quantile(values, 0.03), values.max()  # the first epochs may start far below
+    axis.set(ylabel="test accuracy, %", ylim=(low - 0.05 * (high - low), None))
+    axis.legend(loc="lower right")
+
+
+def _iterations(axis: Axes, lines: list[Line]) -> None:
+    for line in lines:
+        colour, _ = _look(line)
+        for name, dashes in (("forward_iters", "-"), ("backward_iters", DASHES[2])):
+            each = np.array([getattr(result, name) for result in line.results])
+            _band(axis, each, _label(line) if dashes == "-" else None, colour, dashes)
+    axis.plot([], [], color="grey", linestyle=DASHES[2], label="backward")
+    axis.set(ylabel="iterations of a solve", ylim=(0, None))
+    axis.legend(loc="best")
+
+
+def _band(axis: Axes, each: np.ndarray, label: str | None, colour: str, dashes: object) -> None:
+    """The mean over the seeds (rows of ``each``) against the epoch, ± their deviation."""
+    epochs, mean = np.arange(1, each.shape[1] + 1), each.mean(0)
+    marker = "o" if len(epochs) == 1 else None
+    axis.plot(epochs, mean, color=colour, linestyle=dashes, label=label, marker=marker)
+    if len(each) > 1:
+        spread = each.std(0, ddof=1)
+        axis.fill_between(epochs, mean - spread, mean + spread, color=colour, alpha=0.2, lw=0)
+
+
+def _look(line: Line) -> tuple[str, object]:
+    number = LOOK[line.recipe.activation]
+    return COLOURS[number], DASHES[number]
+
+
+def _label(line: Line) -> str:
+    first = line.results[0]
+    words = [line.recipe.activation, *changed_options(first)] + ["†"] * (not first.genuine)
+    return f"{' '.join(words)} (n = {len(line.results)})"
+
+
+def run_figures(folders: Sequence[str | Path], directory: str | Path) -> list[Path]:
+    """Curves of runs: accuracy and loss, and iterations, against the epoch.
+
+    Args:
+        folders: runs' folders, a colour each.
+        directory: where the figures go, as PNG and PDF.
+
+    Returns:
+        The PNG files written.
+
+    Raises:
+        RunError: no run there, or no complete epoch; no matplotlib.
+    """
+    runs = {}
+    for folder in map(Path, folders):
+        rows = read_metrics(folder)
+        if not rows:
+            raise RunError(f"{folder} has no complete epoch")
+        runs[folder.resolve().name] = {key: [row[key] for row in rows] for key in rows[0]}
+    curves, iterations = Path(directory) / "curves", Path(directory) / "iterations"
+    with drawing(curves, 2 * COLUMN, 2.5) as figure:
+        left, right = figure.subplots(1, 2)
+        _pair(left, runs, "test_acc", "train_acc", "accuracy, %")
+        _pair(right, runs, "test_loss", "train_loss", "cross entropy, nats")
+        right.set_yscale("log")
+        _legend(left, "test", "training")
+    with drawing(iterations, COLUMN, 2.5) as figure:
+        axis = figure.subplots()
+        _pair(axis, runs, "forward_iters", "backward_iters", "iterations of a solve")
+        axis.set_ylim(0, None)
+        _legend(axis, "forward", "backward")
+    return [path.with_suffix(".png") for path in (curves, iterations)]
+
+
+def _pair(axis: Axes, runs: dict, solid: str, dashed: str, label: str) -> None:
+    """Two columns of each run's metrics: one solid, one dashed."""
+    for number, (name, columns) in enumerate(runs.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        marker = "o" if len(columns["epoch"]) == 1 else None
+        axis.plot(columns["epoch"], columns[solid], color=colour, label=name, marker=marker)
+        axis.plot(columns["epoch"], columns[dashed], color=colour, ls=DASHES[2], marker=marker)
+    axis.set(xlabel="epoch", ylabel=label)
+
+
+def _legend(axis: Axes, solid: str, dashed: str) -> None:
+    """The runs' names above the figure, and what solid and dashed mean."""
+    axis.plot([], [], color="grey", label=solid)
+    axis.plot([], [], color="grey", linestyle=DASHES[2], label=dashed)
+    handles, labels = axis.get_legend_handles_labels()
+    axis.figure.legend(handles, labels, loc="outside upper center", ncols=2)
