@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 import shlex
 import shutil
@@ -110,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--device", help="cpu, cuda or mps")
     run.add_argument("--solver", choices=SOLVERS)
     run.add_argument("--precision", choices=PRECISIONS)
-    run.add_argument("--tol", type=float)
+    run.add_argument("--tol", type=_above_zero)
     run.add_argument("--max-iter", type=_positive)
     return parser
 
@@ -119,6 +120,13 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
     return int(text)
+
+
+def _above_zero(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no finite number above 0")
 
 
 def _matches(recipe: Recipe, pattern: str) -> bool:
