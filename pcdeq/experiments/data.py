@@ -184,10 +184,8 @@ class Genuine(NamedTuple):
     read: Callable[[bool], Labelled]  # the training set if true, else the test set
 
 
-class _MNIST(datasets.MNIST):
-    """torchvision's reader, without the ``processed/*.pt`` of its old versions: unverifiable."""
-
-    raw_folder = property(lambda self: str(Path(self.root) / "MNIST" / "raw"))
+class MNIST(datasets.MNIST):
+    """torchvision's reader, but for the ``processed/*.pt`` of its old versions: unverifiable."""
 
     def _check_legacy_exist(self) -> bool:
         return False
@@ -195,7 +193,7 @@ class _MNIST(datasets.MNIST):
 
 def _mnist(root: Path) -> Genuine:
     def read(train: bool) -> Labelled:
-        part = _MNIST(root, train, download=True)
+        part = MNIST(root, train, download=True)
         return part.data[:, None], part.targets
 
     raw = root / "MNIST" / "raw"
@@ -292,6 +290,8 @@ def _sample(shape: tuple[int, int, int]) -> tuple[Labelled, Labelled]:
 
 def _image_folders(folder: Path, shape: tuple[int, int, int]) -> tuple[Labelled, Labelled, int]:
     train, test = (_list_images(folder / part) for part in ("train", "test"))
+    if len(train.classes) < 2:
+        raise DataError(f"{folder}/train holds one class: there is nothing to tell apart")
     if differing := sorted(set(train.classes) ^ set(test.classes)):
         raise DataError(
             f"{folder}: train/ and test/ must hold the same classes; only one of them has "
