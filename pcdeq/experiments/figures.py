@@ -7,6 +7,7 @@ in colour alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pcdeq.certificates import History
 from pcdeq.experiments.recipes import ROWS
 from pcdeq.experiments.results import Result, read_metrics
 from pcdeq.experiments.runs import RunError
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (6, 2)), (0, (2, 1)), (0, (6, 2, 1, 2)))
 LOOK = {"tanh": 0, "softsign": 1, "relu6": 2, "sigmoid": 3}  # activation → colour and dashes
+FLOOR = 1e-14  # below it a relative residual in float64 is rounding
 COLUMN = 3.4  # inches: a column of a two-column paper
 STYLE = {
     "font.size": 8,
@@ -95,7 +98,7 @@ def result_figures(results: Iterable[Result], directory: str | Path) -> list[Pat
                 for axis, (title, panel) in zip(axes, panels, strict=True):
                     draw(axis, panel)
                     axis.set(title=title, xlabel="epoch")
-            paths.append(path.with_suffix(".png"))
+            paths.append(Path(f"{path}.png"))
     return paths
 
 
@@ -149,7 +152,7 @@ def _label(line: Line) -> str:
 
 
 def run_figures(folders: Sequence[str | Path], directory: str | Path) -> list[Path]:
-    """Curves of runs: accuracy and loss, and iterations, against the epoch.
+    """Curves of runs against the epoch: accuracy and loss in one figure, iterations in another.
 
     Args:
         folders: runs' folders, a colour each.
@@ -165,36 +168,112 @@ def run_figures(folders: Sequence[str | Path], directory: str | Path) -> list[Pa
     for folder in map(Path, folders):
         rows = read_metrics(folder)
         if not rows:
-            raise RunError(f"{folder} has no complete epoch")
+            raise RunError(f"{folder} is no run with a complete epoch")
         runs[folder.resolve().name] = {key: [row[key] for row in rows] for key in rows[0]}
     curves, iterations = Path(directory) / "curves", Path(directory) / "iterations"
-    with drawing(curves, 2 * COLUMN, 2.5) as figure:
-        left, right = figure.subplots(1, 2)
-        _pair(left, runs, "test_acc", "train_acc", "accuracy, %")
-        _pair(right, runs, "test_loss", "train_loss", "cross entropy, nats")
-        right.set_yscale("log")
-        _legend(left, "test", "training")
+    with drawing(curves, COLUMN, 4.2) as figure:
+        upper, lower = figure.subplots(2, 1, sharex=True)
+        _pair(upper, runs, "test_acc", "train_acc", "accuracy, %")
+        _pair(lower, runs, "test_loss", "train_loss", "cross entropy, nats")
+        lower.set(yscale="log", xlabel="epoch")
+        _legend(upper, "test", "training")
     with drawing(iterations, COLUMN, 2.5) as figure:
         axis = figure.subplots()
         _pair(axis, runs, "forward_iters", "backward_iters", "iterations of a solve")
-        axis.set_ylim(0, None)
+        axis.set(ylim=(0, None), xlabel="epoch")
         _legend(axis, "forward", "backward")
-    return [path.with_suffix(".png") for path in (curves, iterations)]
+    return [Path(f"{path}.png") for path in (curves, iterations)]
 
 
 def _pair(axis: Axes, runs: dict, solid: str, dashed: str, label: str) -> None:
     """Two columns of each run's metrics: one solid, one dashed."""
     for number, (name, columns) in enumerate(runs.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        marker = "o" if len(columns["epoch"]) == 1 else None
-        axis.plot(columns["epoch"], columns[solid], color=colour, label=name, marker=marker)
-        axis.plot(columns["epoch"], columns[dashed], color=colour, ls=DASHES[2], marker=marker)
-    axis.set(xlabel="epoch", ylabel=label)
+        look = {"color": COLOURS[number % len(COLOURS)]}
+        look |= {"marker": "o", "markersize": 3} if len(columns["epoch"]) == 1 else {}
+        axis.plot(columns["epoch"], columns[solid], label=name, **look)
+        axis.plot(columns["epoch"], columns[dashed], linestyle=DASHES[2], **look)
+    axis.set_ylabel(label)
 
 
 def _legend(axis: Axes, solid: str, dashed: str) -> None:
-    """The runs' names above the figure, and what solid and dashed mean."""
+    """The lines' names above the figure, and what solid and dashed mean."""
     axis.plot([], [], color="grey", label=solid)
     axis.plot([], [], color="grey", linestyle=DASHES[2], label=dashed)
     handles, labels = axis.get_legend_handles_labels()
-    axis.figure.legend(handles, labels, loc="outside upper center", ncols=2)
+    columns = 2 if max(map(len, labels)) < 40 else 1
+    axis.figure.legend(handles, labels, loc="outside upper center", ncols=columns)
+
+
+def convergence_figure(histories: Sequence[History], path: Path) -> Path:
+    """How the blocks of one network converge on a batch, iteration by iteration, on a log axis.
+
+    Residuals of the forward and the backward solve, a colour for each block, with the certified
+    rate as a dashed line of that slope above the tail, and the width of the enclosure closing.
+
+    Args:
+        histories: of ``pcdeq.certificates.history``, one a block.
+        path: the figure, without its ending.
+
+    Returns:
+        The PNG file written, beside it a PDF.
+    """
+    with drawing(path, COLUMN, 5.4) as figure:
+        axes = figure.subplots(3, 1, sharex=True)
+        for colour, each in zip(COLOURS, histories, strict=False):
+            for axis, residuals in zip(axes, (each.forward, each.backward), strict=False):
+                _falling(axis, 1, residuals, colour, each.name)
+                _slope(axis, residuals, each.rate, colour)
+            closing = each.width[: each.width.index(min(each.width)) + 1]
+            _falling(axes[2], 0, closing, colour, each.name)
+        for axis, label in zip(axes, ("forward residual", "backward residual"), strict=False):
+            axis.axhline(histories[0].tol, color="grey", linestyle=":", label="tolerance")
+            axis.set_ylabel(label)
+        axes[2].set(ylabel="width of the enclosure", xlabel="iteration")
+        _legend(axes[0], "measured", "certified rate (slope)")
+    return Path(f"{path}.png")
+
+
+def _falling(axis: Axes, first: int, values: Sequence[float], colour: str, label: str) -> None:
+    """Values against the iteration, from ``first`` on, until they drown in rounding."""
+    count = next((k for k, value in enumerate(values) if value < FLOOR), len(values))
+    axis.semilogy(range(first, first + count), values[:count], color=colour, label=label)
+
+
+def _slope(axis: Axes, residuals: Sequence[float], rate: float, colour: str) -> None:
+    """The line c·rateᵏ, a little above the second half of the residuals."""
+    if not 0 < rate < 1:
+        return
+    tail = [(k, value) for k, value in enumerate(residuals, 1) if value >= FLOOR]
+    height = max(math.log(value) - k * math.log(rate) for k, value in tail[len(tail) // 2 :])
+    line = [3 * math.exp(height + k * math.log(rate)) for k, _ in tail]
+    axis.semilogy([k for k, _ in tail], line, color=colour, linestyle=DASHES[2], linewidth=0.8)
+
+
+def robustness_figure(rows: Sequence[dict], path: Path) -> Path:
+    """Certified and attacked accuracy against the radius: the truth lies between the lines.
+
+    Args:
+        rows: of ``pcdeq.experiments.certifying.robust_accuracy``, one a radius.
+        path: the figure, without its ending.
+
+    Returns:
+        The PNG file written, beside it a PDF.
+    """
+    rows = sorted(rows, key=lambda row: row["radius"])
+    radii, certified, attacked = (
+        [row[key] for row in rows] for key in ("radius", "certified", "attacked")
+    )
+    with drawing(path, COLUMN, 2.5) as figure:
+        axis = figure.subplots()
+        axis.fill_between(radii, certified, attacked, color=COLOURS[0], alpha=0.1, linewidth=0)
+        look = {"marker": "o", "markersize": 3}
+        axis.plot(radii, attacked, color=COLOURS[1], ls=DASHES[1], label="under attack", **look)
+        axis.plot(radii, certified, color=COLOURS[0], label="certified", **look)
+        axis.set(
+            xlabel="radius of the box (sup norm, pixels in [0, 1])",
+            ylabel=f"accuracy, % of {rows[0]['images']:,} images",
+            xlim=(0, None),
+            ylim=(0, 100),
+        )
+        axis.legend(loc="lower left")
+    return Path(f"{path}.png")
