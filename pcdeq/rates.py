@@ -30,8 +30,8 @@ def rate_bounds(
     σ is concave, so J(z) = diag(σ'(Wz + x))·W falls as z rises, and with it ρ (Perron, Frobenius):
     ρ(J(high)) ≤ ρ(J(z)) ≤ ρ(J(low)). By Collatz and Wielandt ρ(J) ≤ maxᵢ (Jv)ᵢ/vᵢ for every v > 0,
     and ρ(J) ≥ min (Jw)ᵢ/wᵢ over the support of any w ≥ 0. Any vectors will do, so they come from
-    float32 power steps, and one float64 product each gives the bounds. v and w start at ``high``;
-    concavity bounds the ratio there by 1 − minᵢ σ(x)ᵢ/highᵢ, and no step on v makes it worse.
+    float32 power steps, and one float64 product each gives the bounds. v and w start at ``high``:
+    J(z*)z* ≤ z* − σ(x) by concavity, and no step on v makes its bound worse.
 
     At relu6's kink at 6 the derivative is taken as 1 in J(low) and as 0 in J(high).
 
