@@ -16,13 +16,15 @@ What is proved concerns the stored weights and the true fixed points. A network 
 and stopped at its tolerance, is a little off them.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from functools import singledispatch
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 from pcdeq.certificates import evaluating
 from pcdeq.enclosures import UNIT, Operator, enclose, full_float32, product
@@ -98,7 +100,8 @@ def _layers(model: nn.Sequential) -> Iterator[nn.Module]:
 
 
 def _walk(layers: list[nn.Module], lower: Tensor, upper: Tensor) -> Box:
-    box = Box(_lift(lower), _lift(upper))
+    device = next((_lift(p).device for layer in layers for p in layer.parameters()), lower.device)
+    box = Box(lower.to(device).double(), upper.to(device).double())
     for layer in layers:
         box = image(layer, box)
     return box
@@ -128,16 +131,19 @@ def _(layer: nn.Linear, box: Box) -> Box:
 
 @image.register
 def _(layer: nn.Conv2d, box: Box) -> Box:
-    (stride, *_), (padding, *_), (size, *_) = layer.stride, layer.padding, layer.kernel_size
-    plain = nn.Conv2d(layer.in_channels, layer.out_channels, size, stride, padding)
-    if repr(plain).replace(", bias=False", "") != repr(layer).replace(", bias=False", ""):
+    sizes = layer.stride, layer.padding, layer.kernel_size
+    plain = (layer.groups, layer.dilation, layer.padding_mode) == (1, (1, 1), "zeros")
+    if not plain or any(len(set(pair)) > 1 for pair in sizes):
         raise TypeError(f"no interval image is known for {layer}")
+    stride, padding = layer.stride[0], layer.padding[0]
     weight, bias = _double(layer)
     return _affine(weight, bias.view(-1, 1, 1), box, lambda w, h: product(w, h, stride, padding))
 
 
 @image.register
 def _(layer: nn.modules.batchnorm._BatchNorm, box: Box) -> Box:
+    if layer.weight is None or layer.running_mean is None:
+        raise TypeError(f"no interval image is known for {layer}")
     shape = (-1, *[1] * (box.lower.dim() - 2))  # (C, 1, 1) for images
     weight, bias = (t.view(shape) for t in _double(layer))
     mean, variance = _lift(layer.running_mean), _lift(layer.running_var)
@@ -152,9 +158,9 @@ def _(layer: nn.modules.batchnorm._BatchNorm, box: Box) -> Box:
 @image.register
 def _(layer: PcDEQ, box: Box) -> Box:
     operator = Operator(layer.deq.f)
-    if not (operator.weight >= 0).all():
-        raise ValueError("a pcDEQ layer has a weight that is negative or not a number")
     lower, upper = box
+    if not (operator.weight >= 0).all():  # no theorem, no bounds
+        return Box(torch.full_like(lower, -torch.inf), torch.full_like(upper, torch.inf))
     if operator.sigma.variant == 2:
         lower, upper = F.relu(lower), F.relu(upper)
     else:
@@ -172,7 +178,7 @@ def _(layer: nn.MaxPool2d, box: Box) -> Box:
 
 @image.register
 def _(layer: nn.AvgPool2d, box: Box) -> Box:
-    gamma = (layer.kernel_size**2 + 4) * UNIT
+    gamma = (math.prod(_pair(layer.kernel_size)) + 4) * UNIT
     lower, upper = box
     return Box(layer(lower) - gamma * layer(lower.abs()), layer(upper) + gamma * layer(upper.abs()))
 
@@ -182,7 +188,7 @@ def _(layer: nn.Flatten, box: Box) -> Box:
     return Box(layer(box.lower), layer(box.upper))
 
 
-def _affine(weight: Tensor, bias: Tensor, box: Box, apply) -> Box:
+def _affine(weight: Tensor, bias: Tensor, box: Box, apply: Callable) -> Box:
     """W h + b on a box; see the head of the file."""
     centre, radius = box.centred()
     gamma = _gamma(weight)
@@ -215,40 +221,42 @@ class Attack(NamedTuple):
 
 
 def attack(
-    model: nn.Module, lower: Tensor, upper: Tensor, target: Tensor, steps: int = 40
+    model: nn.Module, x: Tensor, lower: Tensor, upper: Tensor, target: Tensor, *, steps: int = 40
 ) -> Attack:
     """Projected gradient descent on the margin, over each box (Madry et al., ICLR 2018).
 
-    From the centre, ``steps`` steps of 2.5/steps of the radius against the sign of the gradient.
-    It finds inputs that change the class, or does not: accuracy under it is at least the true
-    accuracy on the boxes, as the certified one is at most that.
+    From x, ``steps`` steps of 2.5/steps of the radius against the sign of the gradient. It finds
+    inputs that change the class, or does not: accuracy under it is at least the true accuracy on
+    the boxes, as the certified one is at most that.
 
     Args:
         model: any network; it runs as it is (its own precision and tolerance), in evaluation mode,
             which is restored.
-        lower, upper: corners of the boxes, as the network sees its inputs.
+        x: where to start, (B, C, H, W); moved into the box.
+        lower, upper: corners of the boxes, as the network sees its inputs, shape of x.
         target: classes, shape (B,).
         steps: gradients to take.
     """
-    points = (lower + upper) / 2
     stride = (upper - lower) * (1.25 / steps)
-    best = Attack(points, points.new_full((len(points),), torch.inf))
+    points = x.clamp(lower, upper)
+    worst = Attack(points, torch.full_like(points[:, 0, 0, 0], torch.inf))
     with evaluating(model), torch.enable_grad():
         for step in range(steps + 1):
             points = points.detach().requires_grad_(step < steps)
             margin = _margin(model(points), target)
-            better = margin.detach() < best.margin
-            best = Attack(
-                torch.where(better.view(-1, *[1] * (points.dim() - 1)), points.detach(), best[0]),
-                torch.where(better, margin.detach(), best.margin),
+            lower_margin = margin.detach() < worst.margin
+            worst = Attack(
+                torch.where(lower_margin.view(-1, 1, 1, 1), points.detach(), worst.points),
+                torch.where(lower_margin, margin.detach(), worst.margin),
             )
             if step < steps:
                 (gradient,) = torch.autograd.grad(margin.sum(), points)
                 points = (points - stride * gradient.sign()).clamp(lower, upper)
-    return best
+    return worst
 
 
 def _margin(logits: Tensor, target: Tensor) -> Tensor:
+    """The target's logit less the largest other one, shape (B,)."""
     target = target.view(-1, 1)
     others = logits.scatter(1, target, -torch.inf)
     return logits.gather(1, target).squeeze(1) - others.amax(1)
