@@ -22,18 +22,19 @@ from functools import singledispatch
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from pcdeq.certificates import evaluating
 from pcdeq.enclosures import UNIT, Operator, enclose, full_float32, product
-from pcdeq.implicit import PcDEQ, smallest_positive
+from pcdeq.implicit import PcDEQ
+from pcdeq.injections import smallest_positive
 
 SLACK = 1e-9  # margins above it are proved: far above what is left of rounding in their last sums
-# float64's softplus is not monotone where it goes over to the identity, for beta h beyond 20: there
-# ln(1 + e⁻²⁰)/20 < 1.1e-10 of the value is lost.
-SOFTPLUS_ERROR = 2e-10
+# What the injection may be off by, relatively. Its own rounding errors are of order 1e-15; torch's
+# softplus, cut off to the identity beyond βh = 20, loses ln(1 + e⁻²⁰)/20 ≈ 1.03e-10 there and is
+# not even monotone.
+INJECTION_ERROR = 2e-10
 
 
 class Box(NamedTuple):
@@ -161,12 +162,12 @@ def _(layer: PcDEQ, box: Box) -> Box:
     lower, upper = box
     if not (operator.weight >= 0).all():  # no theorem, no bounds
         return Box(torch.full_like(lower, -torch.inf), torch.full_like(upper, torch.inf))
-    if operator.sigma.variant == 2:
-        lower, upper = F.relu(lower), F.relu(upper)
-    else:
+    lower, upper = layer.inject(lower), layer.inject(upper)
+    if operator.sigma.variant == 1:
+        # The stored layer, in its own dtype, lets no x fall below the least positive number.
         least = smallest_positive(layer.deq.f.W.weight_v.dtype, lower.device.type)
-        lower = (F.softplus(lower, beta=5) * (1 - SOFTPLUS_ERROR)).clamp_(min=least)
-        upper = (F.softplus(upper, beta=5) * (1 + SOFTPLUS_ERROR)).clamp_(min=least)
+        lower = (lower * (1 - INJECTION_ERROR)).clamp_(min=least)
+        upper = (upper * (1 + INJECTION_ERROR)).clamp_(min=least)
     found = enclose(operator, lower, upper)
     return Box(found.lower, found.upper)
 
