@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import math
 import os
 import shlex
 import shutil
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
+from pcdeq.experiments.flags import Help, add_solver, count, device
 from pcdeq.experiments.publish import publish
 from pcdeq.experiments.recipes import ROWS, Recipe
 from pcdeq.experiments.results import collect, find_runs, read_results, train_command
@@ -24,15 +24,13 @@ from pcdeq.experiments.tables import (
     render,
     write_between,
 )
-from pcdeq.implicit import PRECISIONS
-from pcdeq.solvers import SOLVERS
 
 PASSED_ON = ("data_root", "device", "solver", "precision", "tol", "max_iter")
-EXAMPLES = """\
+EPILOG = """\
 examples:
-  python reproduce.py mnist --rows 'linear*' --jobs 2    run what is missing of four rows
+  python reproduce.py mnist --rows 'linear*' --jobs 2
   python reproduce.py all --seeds 1 --list | head -1 | sh
-  python reproduce.py --table --results mine             your results beside the repository's
+  python reproduce.py --table --results mine   # beside the repository's own
 """
 
 
@@ -56,7 +54,7 @@ def main(root: Path, argv: Sequence[str] | None = None) -> None:
     ]
     if not recipes:
         parser.error(f"no row matches {args.rows!r}; {_names(args.dataset)}")
-    results = Path(args.results) if args.results else root / "results"
+    results = args.results or Path(os.path.relpath(root / "results"))
     own = results.resolve() == root.resolve() / "results"
     if args.collect:
         _collect(find_runs(args.collect), results, root if own else results)
@@ -73,60 +71,41 @@ def main(root: Path, argv: Sequence[str] | None = None) -> None:
         parser.error("say which rows to run: mnist, svhn, cifar or all")
 
 
+# fmt: off
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="reproduce.py",
+        usage="reproduce.py {mnist,svhn,cifar,all} [options]",
         description="Runs what is missing of the paper's tables, and renders what was measured.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG,
+        formatter_class=Help,
+        allow_abbrev=False,
     )
-    parser.add_argument("dataset", nargs="?", choices=(*TITLES, "all"), help="which rows")
-    parser.add_argument(
-        "--rows", metavar="PATTERN", default="*", help="of these, those like 'linear*' or '*relu6'"
-    )
-    parser.add_argument("--seeds", type=_positive, default=5, help="seeds 0, 1, … (default: 5)")
-    parser.add_argument(
-        "--jobs", type=_positive, default=1, help="runs at a time, cores/N threads each (default 1)"
-    )
-    parser.add_argument(
-        "--results",
-        metavar="DIR",
-        help="what stands here is done; run folders go to DIR/runs (default: results/)",
-    )
-    does = parser.add_argument_group("instead of running").add_mutually_exclusive_group()
-    does.add_argument(
-        "--list", action="store_true", help="print one training command per missing run"
-    )
-    does.add_argument(
-        "--collect", nargs="+", metavar="DIR", help="take in run folders, or folders of them"
-    )
-    does.add_argument(
-        "--table",
-        action="store_true",
-        help="print the tables; all rows of the default results go into README.md too",
-    )
-    does.add_argument("--figures", action="store_true", help="draw DIR/figures (matplotlib)")
-    run = parser.add_argument_group("passed on to the runs, and named in their results")
-    run.add_argument("--data-root", metavar="DIR", help="where the data sets are")
-    run.add_argument("--device", help="cpu, cuda or mps")
-    run.add_argument("--solver", choices=SOLVERS)
-    run.add_argument("--precision", choices=PRECISIONS)
-    run.add_argument("--tol", type=_above_zero)
-    run.add_argument("--max-iter", type=_positive)
+    parser.add_argument("dataset", nargs="?", choices=(*TITLES, "all"), metavar="DATASET",
+                        help="which rows: mnist, svhn, cifar, all")
+    rows = parser.add_argument_group("what").add_argument
+    rows("--rows", metavar="PATTERN", default="*", help="of these, those like 'linear*', '*relu6'")
+    rows("--seeds", metavar="N", type=count, default=5, help="0 to N − 1 (default: %(default)s)")
+    rows("--jobs", metavar="N", type=count, default=1,
+         help="runs at a time, with 1/N of the cores each (default: %(default)s)")
+    rows("--results", metavar="DIR", type=Path,
+         help="holds what is done, and DIR/runs (default: results)")
+
+    instead = parser.add_argument_group("instead of running").add_mutually_exclusive_group()
+    instead = instead.add_argument
+    instead("--list", action="store_true", help="print one training command per missing run")
+    instead("--collect", metavar="RUN", nargs="+", type=Path,
+            help="take in run folders, or folders of them")
+    instead("--table", action="store_true",
+            help="print the tables; the full ones of results/ update README.md")
+    instead("--figures", action="store_true", help="draw them to DIR/figures (matplotlib)")
+
+    run = parser.add_argument_group("passed on to the runs").add_argument
+    run("--data-root", metavar="DIR", help="where the sets are, or are downloaded to")
+    run("--device", metavar="NAME", type=device, help="cpu, cuda, cuda:N, mps")
+    add_solver(parser)
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
-    return int(text)
-
-
-def _above_zero(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < math.inf:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no finite number above 0")
+# fmt: on
 
 
 def _matches(recipe: Recipe, pattern: str) -> bool:
