@@ -218,11 +218,11 @@ def test_a_scheduler_stopped_halfway_goes_on_where_it_was(tmp_path):
 
     threading.Thread(target=stop_after_an_epoch).start()
     with pytest.raises(Interrupted, match="the same command goes on"):
-        run_all([run], 1, lambda job: None)
+        run_all([run], 2, lambda job: None)
     kept = read_metrics(run.folder)
     assert 1 <= len(kept) < 5
     finished = []
-    assert run_all([run], 1, finished.append) == []
+    assert run_all([run], 2, finished.append) == []
     assert finished == [run]
     rows = read_metrics(run.folder)
     assert rows[: len(kept)] == kept and len(rows) == 5
@@ -243,7 +243,7 @@ def test_the_list_is_one_training_command_per_missing_run(tmp_path, capsys):
     assert not empty.exists()
     for command, recipe in zip(commands, ROWS, strict=True):
         words = shlex.split(command)
-        assert (ROOT / words[1]).resolve() == ROOT / f"train_{recipe.dataset}.py"
+        assert Path(words[1]).resolve() == ROOT / f"train_{recipe.dataset}.py"
         assert words[-2:] == [str(empty / "runs" / f"{recipe.name}_seed0"), "--resume"]
         assert ("--aug" in words) == recipe.augment
     made_up_run(tmp_path / "run", LINEAR, seed=1)
@@ -300,7 +300,7 @@ def test_nothing_to_do_is_said(tmp_path, capsys):
     said = call(
         capsys, "mnist", "--rows", "linear*tanh", "--seeds", "2", "--results", str(tmp_path)
     )
-    assert said == f"nothing to do: {tmp_path} holds all 2 results of 1 rows\n"
+    assert said == f"nothing to do: {tmp_path} holds all 2 results of 1 row(s)\n"
 
 
 def test_runs_from_elsewhere_are_taken_in_with_their_weights(tmp_path, capsys):

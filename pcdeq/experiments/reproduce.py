@@ -135,9 +135,9 @@ def _run(
             print("\n".join(shlex.join(job.command) for job in jobs))
         return
     if not jobs:
-        print(f"nothing to do: {results} holds all {len(asked)} results of {len(recipes)} rows")
+        print(f"nothing to do: {results} holds all {len(asked)} results of {len(recipes)} row(s)")
         return
-    print(f"{len(jobs)} runs, {args.jobs} at a time, {max(1, cores() // args.jobs)} threads each")
+    print(f"{len(jobs)} runs, {args.jobs} at a time, {max(1, cores() // args.jobs)} thread(s) each")
     home = root if own else results
     failures = run_all(
         jobs, args.jobs, lambda job: _take_in(job.folder, results, home), len(asked) - len(jobs)
