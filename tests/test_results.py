@@ -123,13 +123,16 @@ def test_the_same_run_again_changes_nothing_and_another_is_refused(tmp_path):
 
 
 def test_a_longer_run_replaces_one_that_was_cut_short_and_no_other_does(tmp_path):
-    for epochs in (3, 5, 40):
-        made_up_run(tmp_path / str(epochs), LINEAR, ran=epochs)
-        assert collect(tmp_path / str(epochs), tmp_path).whole == (epochs == 40)
-        assert [result.epochs_run for result in read_results(tmp_path)] == [epochs]
-    for epochs in (3, 5):
-        with pytest.raises(RunError, match="another run"):
-            collect(tmp_path / str(epochs), tmp_path)
+    stands = 0
+    for epochs in (5, 3, 5, 7, 40, 39):
+        made_up_run(tmp_path / "run", LINEAR, ran=epochs, device_name=f"machine of {epochs}")
+        if epochs > stands:
+            assert collect(tmp_path / "run", tmp_path).whole == (epochs == 40)
+            stands = epochs
+        elif epochs < stands:
+            with pytest.raises(RunError, match="another run"):
+                collect(tmp_path / "run", tmp_path)
+        assert [result.epochs_run for result in read_results(tmp_path)] == [stands]
 
 
 def test_an_image_folder_has_a_result_of_its_own(tmp_path):
