@@ -33,7 +33,6 @@ LEGEND = (
     "Test accuracy: mean ± standard deviation over n seeds. Iterations forward / backward in the "
     "last epoch and training time: means over seeds. Letters: where and how it ran."
 )
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 COLUMNS = (
     "data set", "network", "activation", "parameters",
     "last epoch, %", "best epoch, %", "iterations", "time",
@@ -153,7 +152,7 @@ def _table(lines: list[Line], references: Sequence[Reference]) -> str:
     rows += [_cells(line, machines) + _compared(line, references) for line in lines]
     text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     legend = [LEGEND] * bool(measured)
-    legend += [f"{letter}: {machine}." for letter, machine in zip(LETTERS, machines, strict=False)]
+    legend += [f"{_letter(number)}: {machine}." for number, machine in enumerate(machines)]
     legend += [FOREIGN] * any(not result.genuine for result in measured)
     legend += [SHORT] * any(not result.whole for result in measured)
     legend += [f"{reference.name}: {reference.source}" for reference in references]
@@ -173,7 +172,7 @@ def _cells(line: Line, machines: list[str]) -> list[str]:
     short = "" if first.whole else f", {first.epochs_run} of {first.epochs} epochs ‡"
     seconds: dict[str, list[float]] = {}
     for result in results:
-        letter = LETTERS[machines.index(machine_title(result))]
+        letter = _letter(machines.index(machine_title(result)))
         seconds.setdefault(letter, []).append(result.seconds)
     forward = mean(result.forward_iters[-1] for result in results)
     backward = mean(result.backward_iters[-1] for result in results)
@@ -184,6 +183,11 @@ def _cells(line: Line, machines: list[str]) -> list[str]:
         f"{forward:.1f} / {backward:.1f}",
         ", ".join(f"{duration(mean(times))} {letter}" for letter, times in seconds.items()),
     ]
+
+
+def _letter(number: int) -> str:
+    """A, B, … Z, AA, BB, …"""
+    return chr(ord("A") + number % 26) * (number // 26 + 1)
 
 
 def _compared(line: Line, references: Sequence[Reference]) -> list[str]:
