@@ -111,7 +111,7 @@ def _accuracy(axis: Axes, lines: list[Line]) -> None:
     everything = []
     for line in lines:
         each = np.array([result.test_acc for result in line.results])  # (seeds, epochs)
-        _band(axis, each, _label(line), *_look(line))
+        _band(axis, each, label=_label(line), **_look(line, lines))
         everything.append(each.ravel())
     values = np.concatenate(everything)
     low, high = np.quantile(values, 0.03), values.max()  # the first epochs may start far below
@@ -121,28 +121,37 @@ def _accuracy(axis: Axes, lines: list[Line]) -> None:
 
 def _iterations(axis: Axes, lines: list[Line]) -> None:
     for line in lines:
-        colour, _ = _look(line)
-        for name, dashes in (("forward_iters", "-"), ("backward_iters", DASHES[2])):
-            each = np.array([getattr(result, name) for result in line.results])
-            _band(axis, each, _label(line) if dashes == "-" else None, colour, dashes)
+        forward, backward = (
+            np.array([getattr(result, name) for result in line.results])
+            for name in ("forward_iters", "backward_iters")
+        )
+        look = _look(line, lines)
+        _band(axis, forward, label=_label(line), **look | {"linestyle": "-"})
+        _band(axis, backward, **look | {"linestyle": DASHES[2]})
     axis.plot([], [], color="grey", linestyle=DASHES[2], label="backward")
     axis.set(ylabel="iterations of a solve", ylim=(0, None))
     axis.legend(loc="best")
 
 
-def _band(axis: Axes, each: np.ndarray, label: str | None, colour: str, dashes: object) -> None:
+def _band(axis: Axes, each: np.ndarray, **look: object) -> None:
     """The mean over the seeds (rows of ``each``) against the epoch, ± their deviation."""
     epochs, mean = np.arange(1, each.shape[1] + 1), each.mean(0)
-    marker = "o" if len(epochs) == 1 else None
-    axis.plot(epochs, mean, color=colour, linestyle=dashes, label=label, marker=marker)
+    axis.plot(epochs, mean, marker="o" if len(epochs) == 1 else None, **look)
     if len(each) > 1:
         spread = each.std(0, ddof=1)
+        colour = look["color"]
         axis.fill_between(epochs, mean - spread, mean + spread, color=colour, alpha=0.2, lw=0)
 
 
-def _look(line: Line) -> tuple[str, object]:
+def _look(line: Line, lines: list[Line]) -> dict[str, object]:
+    """Colour and dashes of the activation; fainter where another line of the row came before."""
     number = LOOK[line.recipe.activation]
-    return COLOURS[number], DASHES[number]
+    before = [other for other in lines[: lines.index(line)] if other.recipe == line.recipe]
+    return {
+        "color": COLOURS[number],
+        "linestyle": DASHES[number],
+        "alpha": 1 / (1 + len(before)),
+    }
 
 
 def _label(line: Line) -> str:
