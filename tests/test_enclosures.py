@@ -131,6 +131,25 @@ def test_where_float32_fails_the_directed_iteration_takes_over():
     assert found.upper[2, 1] > 0.01  # wide, but sound
 
 
+@pytest.mark.parametrize("off", [0.5, 0.999, 1.0001, 2.0])
+def test_candidates_from_anywhere_do(off, monkeypatch):
+    """Float32 iterates far too low or too high: found out, and replaced by 0 or M."""
+    rough = Operator.rough
+
+    def wrong(self, x):
+        f = rough(self, x)
+        return lambda z: f(z) * off
+
+    monkeypatch.setattr(Operator, "rough", wrong)
+    for activation in ACTIVATIONS:
+        block = block_of(random_weight(4, 0.6, 1.0, 2), activation)
+        x = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
+        check_enclosure(block, x)
+        check_enclosure(block, x, tol=1e-13)
+        found = enclose(Operator(block.deq.f), x, tol=1e-13)
+        assert (found.upper - found.lower).max() < 1e-10
+
+
 @pytest.mark.parametrize("stride, padding, size", [(1, 1, 3), (2, 0, 3), (2, 1, 3), (1, 0, 1)])
 def test_the_product_is_the_convolution(stride, padding, size):
     torch.manual_seed(0)
@@ -185,3 +204,10 @@ def test_a_box_of_x_holds_the_fixed_points_of_all_its_x():
     ends = enclose(Operator(block.deq.f), torch.cat([low, high]), tol=1e-14)
     torch.testing.assert_close(ends.lower[0], found.lower[0], rtol=0, atol=1e-12)
     torch.testing.assert_close(ends.upper[1], found.upper[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.slow
+@given(problems(), st.sampled_from([1e-13, 1e-4]), st.sampled_from([3, 100, 400]))
+@settings(deadline=None, max_examples=5000)
+def test_thousands_of_bounds_in_40_digits(problem, tol, steps):
+    check_enclosure(*problem, tol=tol, steps=steps)

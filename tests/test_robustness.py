@@ -238,3 +238,24 @@ def test_sequences_may_be_nested():
     x = torch.rand(7, 5)
     for box in ((x, x), (x - 0.01, x + 0.01)):
         assert torch.equal(logit_bounds(flat, *box).lower, logit_bounds(nested, *box).lower)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, activation",
+    [("single_conv_pcdeq_1", "tanh"), ("multi_conv_pcdeq_1", "relu6"), CONV],
+)
+def test_conv_networks_at_length(name, activation):
+    """Certified, attacked, bounded: trained conv networks at radii where something is proved."""
+    every = 200 if name.startswith("single") else 50
+    images, labels = digits()[2][::every], digits()[3][::every]
+    for radius in (0.0, 2e-4):
+        model = network(name, activation)
+        proved = robust(model, *around(images, radius), labels)
+        corners = (corner.float() for corner in around(images, radius))
+        found = attack(model, images, *corners, labels)
+        assert not (proved & (found.margin < -1e-2)).any()
+        if radius == 0:
+            assert proved.sum() == (found.margin > 0).sum()
+        model = network(name, activation, double=True)
+        check_bounds(model, *around(images[:4], radius), labels[:4], count=2)
