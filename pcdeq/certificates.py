@@ -169,18 +169,13 @@ def _certify_block(name: str, block: PcDEQ, x: Tensor, z: Tensor, rate_steps: in
 
 def _violations(operator: Operator, x: Tensor, z: Tensor) -> tuple[Tensor, list[str]]:
     """Samples for which the theory applies, shape (B,), and what keeps it from the others."""
-    sound = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    found = []
+    weight, sound, found = operator.weight, torch.ones(len(x), dtype=torch.bool), []
     strict = operator.sigma.variant == 1
-    for what, values, kind, bad in (
-        ("weight", operator.weight, "negative", operator.weight < 0),
-        ("weight", operator.weight, "not finite", ~operator.weight.isfinite()),
-        (
-            "injected value",
-            x,
-            "not positive" if strict else "negative",
-            x <= 0 if strict else x < 0,
-        ),
+    outside = ("not positive", x <= 0) if strict else ("negative", x < 0)
+    for what, values, how, bad in (
+        ("weight", weight, "negative", weight < 0),
+        ("weight", weight, "not finite", ~weight.isfinite()),
+        ("injected value", x, *outside),
         ("injected value", x, "too small for float64", (x > 0) & (x < SMALLEST) & strict),
         ("injected value", x, "not finite", ~x.isfinite()),
         ("output", z, "not finite", ~z.isfinite()),
@@ -188,11 +183,11 @@ def _violations(operator: Operator, x: Tensor, z: Tensor) -> tuple[Tensor, list[
         if bad.any():
             first = tuple(bad.nonzero()[0].tolist())
             found.append(
-                f"{int(bad.sum())} of {bad.numel()} {what}s {kind}, "
+                f"{int(bad.sum())} of {bad.numel()} {what}s {how}, "
                 f"the first at {first} ({values[first].item():.3g})"
             )
-            sound &= ~bad.flatten(1).any(1) if values is not operator.weight else False
-    return sound, found
+            sound &= False if values is weight else ~bad.flatten(1).any(1).cpu()
+    return sound.to(x.device), found
 
 
 @dataclass
@@ -232,14 +227,14 @@ def history(model: nn.Module, x: Tensor, steps: int = 60) -> list[History]:
         One ``History`` for each block, each list ``steps`` long (``width``: one more).
     """
     return [
-        _history(name, block, x, z, certificate.rate_upper.max().item(), steps)
-        for (name, block, x, z), certificate in zip(
+        _history(name, block, x, certificate.rate_upper.max().item(), steps)
+        for (name, block, x, _), certificate in zip(
             _visits(model, x), certify(model, x), strict=True
         )
     ]
 
 
-def _history(name: str, block: PcDEQ, x: Tensor, z: Tensor, rate: float, steps: int) -> History:
+def _history(name: str, block: PcDEQ, x: Tensor, rate: float, steps: int) -> History:
     operator = Operator(block.deq.f)
     x = x.to(operator.device, torch.float64)
     low, high = torch.zeros_like(x), torch.full_like(x, operator.sigma.supremum)

@@ -159,7 +159,8 @@ def enclose(
         operator: the layer.
         lower_x: injected values as the layer sees them, ≥ 0 (> 0 where σ(0) = 0), shape (B, …).
         upper_x: the same, ≥ lower_x, which is its default.
-        tol: after the test, directed float64 steps are added until none moves a component by more.
+        tol: after the test, directed float64 steps are added until none changes a component by more
+            than this, relatively.
         steps: at most so many, for each end, of float32 and of float64 steps.
 
     Returns:
@@ -218,8 +219,9 @@ def _end(
     done = 1
     moving = torch.arange(len(z), device=z.device)
     while True:
-        new = inward(z[moving], image)
-        still = _each((new - z[moving]).abs_() > tol)
+        old = z[moving]
+        new = inward(old, image)
+        still = _each((new - old).abs_() > torch.maximum(old, new).mul_(tol))
         z[moving] = new
         moving = moving[still]
         if len(moving) == 0 or done == steps:

@@ -94,8 +94,8 @@ def predicted_iterations(
     norm of at least (1 − q)‖z*‖: the rule ‖step‖/(‖z‖ + 1e-5) < tol holds at evaluation km + 1 if
     q ≤ tol/(1 + tol). ln tol/ln ρ is no such bound: ρ is the rate at z*, not on the way there.
 
-    The iterates at hand are float32 ones of (1 − δ)f, which lie below; their rounding errors, at
-    most (n + 8)·2⁻²⁴ relatively for each step, are taken off θ.
+    The iterates at hand are float32 ones of (1 − δ)f, which lie below; the rounding errors of
+    plain float32 sums, at most (n + 8)·2⁻²⁴ relatively for each step, are taken off θ.
 
     Args:
         operator: the layer.

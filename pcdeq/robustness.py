@@ -168,7 +168,9 @@ def _(layer: PcDEQ, box: Box) -> Box:
         least = smallest_positive(layer.deq.f.W.weight_v.dtype, lower.device.type)
         lower = (lower * (1 - INJECTION_ERROR)).clamp_(min=least)
         upper = (upper * (1 + INJECTION_ERROR)).clamp_(min=least)
-    found = enclose(operator, lower, upper)
+    # Vectors are cheap enough to be enclosed to the last digits.
+    tol = 1e-12 if operator.weight.dim() == 2 else 1e-4
+    found = enclose(operator, lower, upper, tol=tol)
     return Box(found.lower, found.upper)
 
 
