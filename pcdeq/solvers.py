@@ -58,7 +58,7 @@ def picard(
         max_iter: largest number of evaluations; where it is reached, ``converged`` is false.
         nonnegative: for Anderson; a plain step stays where f maps to.
     """
-    return _iterate(f, z, lambda z, fz: fz, tol, max_iter)
+    return _iterate(f, z, lambda fz, r: fz, tol, max_iter)
 
 
 def anderson(
@@ -78,16 +78,15 @@ def anderson(
     """
     f_before = r_before = size_before = None
 
-    def mix(z: Tensor | None, fz: Tensor) -> Tensor:
+    def mix(fz: Tensor, r: Tensor) -> Tensor:
         nonlocal f_before, r_before, size_before
-        r = fz if z is None else fz - z
         size = _sample_norms(r)  # (B, 1, …), float32 or float64
         mixed = fz
         if r_before is not None:
-            change = _sample_norms(r - r_before)
+            change = _sample_norms(r - r_before).square_()
             # ⟨r, Δr⟩ by polarisation, so that only norms are needed
-            gamma = (size.square() + change.square() - size_before.square()) / 2
-            gamma = gamma / change.square().clamp_(min=torch.finfo(change.dtype).tiny)
+            gamma = (size.square() + change - size_before.square()) / 2
+            gamma /= change.clamp_(min=torch.finfo(change.dtype).tiny)
             gamma = gamma.where(size < size_before, 0).to(fz.dtype)
             mixed = torch.lerp(fz, f_before, gamma)
             if nonnegative:
@@ -179,45 +178,41 @@ ROUGH_TOL = BF16_TOL  # of the first low-precision solve
 CORRECTION_TOL = 0.02  # of a correction: it is small already, a few percent of it are enough
 
 
-def _iterate(
-    f: Map, z: Tensor | None, mix: Callable[[Tensor, Tensor], Tensor], tol: float, max_iter: int
-) -> Solve:
-    """Iterates z ← mix(z, f(z)) until f(z) meets the rule; reads residuals a few at a time."""
+def _iterate(f: Map, z: Tensor | None, mix: Callable, tol: float, max_iter: int) -> Solve:
+    """Iterates z ← mix(f(z), f(z) − z) until f(z) meets the rule; reads residuals a few at once."""
     iterations = 0
     while True:
         pending, norms = [], []
         for _ in range(max_iter - iterations):
             fz = f(z)
-            size = _norm(fz)
-            norms += [size if z is None else _norm(fz - z), size]
+            r = fz if z is None else fz - z
+            norms += [_norm(r), _norm(fz)]
             pending.append(fz)
             if len(pending) == CHECK_EVERY.get(fz.device.type, 1):
                 break
-            z = mix(z, fz)
+            z = mix(fz, r)
         sizes = _read(norms)
         for fz, change, size in zip(pending, sizes[::2], sizes[1::2], strict=True):
             iterations += 1
             residual = _relative(change, size)
             if not residual >= tol or iterations == max_iter:  # NaN ends a solve too
                 return Solve(fz, iterations, iterations, residual, residual < tol)
-        z = mix(z, pending[-1])
+        z = mix(fz, r)
 
 
 def _relative(change: float, size: float) -> float:
     return change / (size + EPSILON)
 
 
-def _norm(t: Tensor) -> Tensor:
-    """‖t‖₂ over the whole tensor, accumulated in float32 at least; 0-dimensional."""
-    return torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
+def _norm(t: Tensor, **axes) -> Tensor:
+    """‖t‖₂ over the whole tensor, or over the axes given, in float32 at least."""
+    dtype = torch.float32 if t.dtype in (torch.bfloat16, torch.float16) else t.dtype
+    return torch.linalg.vector_norm(t, dtype=dtype, **axes)
 
 
 def _sample_norms(t: Tensor) -> Tensor:
-    """‖·‖₂ of each sample, shape (B, 1, …), accumulated in float32 at least."""
-    axes = tuple(range(1, t.ndim))
-    return torch.linalg.vector_norm(
-        t, dim=axes, keepdim=True, dtype=torch.promote_types(t.dtype, torch.float32)
-    )
+    """‖·‖₂ of each sample, shape (B, 1, …)."""
+    return _norm(t, dim=tuple(range(1, t.ndim)), keepdim=True)
 
 
 def _read(scalars: list[Tensor]) -> list[float]:

@@ -1,0 +1,1 @@
+"""Everything that makes a table: recipes, data, runs, training, results and the command line."""

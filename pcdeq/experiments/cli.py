@@ -1,0 +1,249 @@
+"""The flags of the training scripts, their checks and their help; from flags to a run.
+
+Flags are spelled as the authors' scripts spell them, each with a long form. What is wrong with them
+is said before any data is read, as argparse says it (exit status 2); whatever goes wrong later ends
+with one sentence and status 1 (``guarded``). A parsed command line is a ``RunConfig``, no more.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from pcdeq.experiments.recipes import DEFAULTS, ROWS, default_activation
+from pcdeq.experiments.runs import Interrupted, RunConfig, RunError, check_folder
+from pcdeq.implicit import PRECISIONS
+from pcdeq.networks import check_network
+from pcdeq.solvers import SOLVERS
+from pcdeq.weights import CheckpointError
+
+EPILOG = """\
+examples:
+  python {prog} -net {first} -activ tanh --sample -epochs 10
+  python {prog} -net {last} --precision mixed --resume
+"""
+
+
+def main(dataset: str, argv: Sequence[str] | None = None, *, augmentation: bool = False) -> None:
+    """A training script: parses the command line, trains, and exits with the right status.
+
+    Args:
+        dataset: ``"mnist"``, ``"svhn"`` or ``"cifar"``.
+        argv: the command line without the program's name; ``sys.argv``'s if ``None``.
+        augmentation: whether the script has ``--aug``.
+    """
+
+    def run() -> None:
+        config = parse(dataset, argv, augmentation=augmentation)
+        from pcdeq.experiments.training import train  # late: help and usage errors need no data
+
+        train(config)
+
+    sys.exit(guarded(run))
+
+
+def parse(
+    dataset: str, argv: Sequence[str] | None = None, *, augmentation: bool = False
+) -> RunConfig:
+    """The run that a command line asks for, checked as far as can be without reading data.
+
+    Raises:
+        SystemExit: as argparse does: status 0 after ``--help``, 2 after a usage error.
+        RunError: the folder of the run to be resumed is damaged.
+    """
+    parser = _parser(dataset, augmentation)
+    flags = parser.parse_args(argv)
+    flags.activation = flags.activation or default_activation(flags.net)
+    flags.device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        check_network(flags.net, flags.activation, dataset, flags.augment)
+        config = RunConfig(dataset=dataset, **vars(flags))
+        check_folder(config)
+    except ValueError as error:
+        parser.error(str(error))
+    return config
+
+
+def guarded(function: Callable[[], object]) -> int:
+    """Runs a program and returns its exit status; no expected failure shows a traceback.
+
+    Returns:
+        0: done, or nothing to do. 2: usage. 130, 143: stopped by SIGINT, SIGTERM. 1: anything
+        else that can be expected to happen (data, checkpoint, non-finite loss, disk, memory), with
+        one sentence on stderr. An exception that nobody expected is a bug and passes through.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a path may hold what the terminal cannot show
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")
+    with _sigterm_exits():
+        status, sentence = _outcome(function)
+    if sentence:
+        with contextlib.suppress(OSError):
+            print(sentence, file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough; Python must not flush again at exit
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
+
+
+@contextlib.contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """SIGTERM while imports or data are loaded exits as it does later, in the training loop."""
+    if threading.current_thread() is not threading.main_thread():  # Python takes no signals there
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _outcome(function: Callable[[], object]) -> tuple[int, str]:
+    try:
+        function()
+    except SystemExit as stop:  # argparse has said all; so has SIGTERM
+        return int(stop.code or 0), ""
+    except KeyboardInterrupt:
+        return 130, "stopped by SIGINT"
+    except Interrupted as stop:
+        return stop.status, str(stop)
+    except Exception as error:
+        sentence = _sentence(error)
+        if not sentence:
+            raise
+        return 1, "error: " + " ".join(sentence.split())
+    return 0, ""
+
+
+def _sentence(error: Exception) -> str:
+    """What to tell the user, or "" for an error that only a traceback explains."""
+    from pcdeq.experiments.data import DataError  # late: it brings torchvision
+
+    if isinstance(error, RunError | DataError | CheckpointError):
+        return str(error)
+    if isinstance(error, BrokenPipeError):
+        return "whoever read the output has gone"
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        return place + (error.strerror or str(error) or type(error).__name__)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "CPUAllocator" in str(error):
+        return f"out of memory, a smaller batch (-b) may fit: {error}"
+    return ""
+
+
+# fmt: off
+def _parser(dataset: str, augmentation: bool) -> argparse.ArgumentParser:
+    nets = list(dict.fromkeys(row.net for row in ROWS if row.dataset == dataset))
+    prog = f"train_{dataset}.py"
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} -net NET [options]",
+        description="Trains a positive concave deep equilibrium network (pcDEQ, ICML 2024).",
+        epilog=EPILOG.format(prog=prog, first=nets[0], last=nets[-1]),
+        formatter_class=_Help,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.set_defaults(augment=False, **DEFAULTS[dataset])
+
+    recipe = parser.add_argument_group("recipe (defaults: the paper's)").add_argument
+    recipe("-net", "--network", dest="net", metavar="NET", required=True,
+           help=f"required: {', '.join(nets)}")
+    recipe("-activ", "--activation", dest="activation", metavar="NAME",
+           help="pcDEQ-1: tanh (default), softsign, relu6; pcDEQ-2: sigmoid (default)")
+    recipe("-lr", "--learning-rate", dest="lr", metavar="X", type=_rate,
+           help="AdamW's learning rate (default: %(default)s)")
+    recipe("-epochs", "--epochs", metavar="N", type=_count,
+           help="passes over the training set (default: %(default)s)")
+    recipe("-wd", "--weight-decay", metavar="X", type=_rate,
+           help="AdamW's weight decay (default: %(default)s)")
+    recipe("-b", "--batch-size", metavar="N", type=_count,
+           help="images in a step (default: %(default)s)")
+    recipe("-m", "--milestone", metavar="N", type=_from_zero,
+           help="last epoch at the learning rate; a tenth of it from then on "
+                "(default: %(default)s)")
+    if augmentation:
+        recipe("--aug", dest="augment", action="store_true",
+               help="random crops and flips, and the wider network (multi_conv only)")
+    recipe("--seed", metavar="N", type=_seed, default=0,
+           help="of weights, order and crops (default: %(default)s)")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--data-root", metavar="DIR", default="data",
+                      help="where the set is, or is downloaded to (default: data)")
+    source = data.add_mutually_exclusive_group().add_argument
+    source("--sample", action="store_true", help="5,000 MNIST digits that are here, instead")
+    source("--image-folder", metavar="DIR",
+           help="DIR/train/<class>/* and DIR/test/<class>/*, instead")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--device", metavar="NAME", type=_device,
+                     help="cpu, cuda, cuda:N, mps (default: cuda, else cpu)")
+    run.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/NAME_OF_RUN)")
+    again = run.add_mutually_exclusive_group().add_argument
+    again("--overwrite", action="store_true", help="start anew where the folder holds a run")
+    again("--resume", action="store_true", help="go on where the folder's run stopped")
+    run.add_argument("--certify", action="store_true",
+                     help="at the end, certificates of the test set's equilibria")
+    run.add_argument("-h", "--help", action="help", help="show this and exit")
+
+    solver = parser.add_argument_group("solver").add_argument
+    solver("--solver", metavar="NAME", choices=SOLVERS, default="picard",
+           help=f"{', '.join(SOLVERS)} (default: %(default)s)")
+    solver("--precision", metavar="NAME", choices=PRECISIONS, default="fp32",
+           help=f"of the solves: {', '.join(PRECISIONS)} (default: %(default)s)")
+    solver("--tol", metavar="X", type=_positive, default=1e-4,
+           help="relative step that ends a solve (default: %(default)s)")
+    solver("--max-iter", metavar="N", type=_count, default=200,
+           help="iterations that end it anyway (default: %(default)s)")
+    return parser
+# fmt: on
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Every flag and what it does on one line."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=29)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        value = f" {action.metavar}" if action.metavar else ""
+        return ", ".join(action.option_strings) + value  # `-b, --batch-size N`, N once
+
+
+def _number(kind: type, accepts: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if accepts(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+
+    return convert
+
+
+_count = _number(int, lambda n: 0 < n < 2**31, "a whole number from 1 on")
+_from_zero = _number(int, lambda n: 0 <= n < 2**31, "a whole number from 0 on")
+_seed = _number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 4294967295")
+_rate = _number(float, lambda x: 0 <= x < math.inf, "a finite number from 0 on")
+_positive = _number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]{1,3})?", name):
+        raise argparse.ArgumentTypeError(f"{name!r} is not one of cpu, cuda, cuda:N, mps")
+    index = int(name.partition(":")[2] or 0)
+    if (name == "mps" and not torch.backends.mps.is_available()) or (
+        name.startswith("cuda") and index >= torch.cuda.device_count()
+    ):
+        raise argparse.ArgumentTypeError(f"{name} is not available on this machine")
+    return name

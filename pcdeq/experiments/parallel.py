@@ -1,0 +1,162 @@
+"""Several processes as one: ``torchrun`` starts N, and each trains on its part of every batch.
+
+The batch is the global one, so a recipe means the same on any number of processes. All of them cut
+the same shuffled batch, and each takes every N-th image of it. DistributedDataParallel averages the
+gradients over the processes; each weights its mean loss by N times its share of the batch, so that
+this average is the gradient of the loss over the whole batch even where the parts differ by an
+image. The weights start from the first process's and then move alike everywhere, the projection
+included. Only the first process writes files and shows progress.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pcdeq.experiments.runs import RunError
+
+# How gloo and nccl put it when the other end is gone.
+_LOST = re.compile(r"gloo|nccl|connection|peer|socket|broken pipe", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, as one of them sees them.
+
+    Attributes:
+        device: where this process computes.
+        rank: its number among all, from 0.
+        world: how many there are.
+        local_rank: its number among those of its machine.
+    """
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and reports."""
+        return self.rank == 0
+
+    @property
+    def smallest_batch(self) -> int:
+        """The fewest images in a batch: two a process, or batch normalisation has no variance."""
+        return 2 * self.world
+
+    def part(self, batch: Tensor) -> Tensor:
+        """This process's images of a batch, (B,) to (B/N,) indices; sizes differ by one at most."""
+        return batch[self.rank :: self.world]
+
+    def share(self, batch: Tensor) -> float:
+        """The weight of this process's mean loss, so that the average over processes is right."""
+        return len(self.part(batch)) * self.world / len(batch)
+
+    def sum(self, *values: float) -> list[float]:
+        """The sums over the processes, in double precision."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, value: float) -> float:
+        """The largest over the processes."""
+        return self._reduce((value,), dist.ReduceOp.MAX)[0]
+
+    def _reduce(self, values: tuple[float, ...], operation: Any) -> list[float]:
+        if self.world == 1:
+            return list(values)
+        numbers = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(numbers, operation)
+        return numbers.tolist()
+
+    def tell(self, value: Any) -> Any:
+        """What the first process passes here, on all of them; the others' values are not used."""
+        if self.world == 1:
+            return value
+        told = [value]
+        dist.broadcast_object_list(told)
+        return told[0]
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """The network as the training calls it: itself, or with its gradients averaged.
+
+        On CUDA its batch norms are replaced by synchronised ones, in place and under their names.
+        On the CPU, where torch has none, each process normalises its part by itself.
+        """
+        if self.world == 1:
+            return network
+        if self.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        with warnings.catch_warnings():
+            # torch 2.14 has another name for broadcast_buffers, which 2.11 does not know.
+            warnings.simplefilter("ignore", FutureWarning)
+            return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+
+    def agree(self, network: nn.Module) -> None:
+        """Gives all processes the first one's running statistics, before they are used or saved."""
+        if self.world > 1:
+            for buffer in network.buffers():
+                dist.broadcast(buffer, 0)
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Lets the first process of each machine go first: it downloads, the others find files."""
+        if self.local_rank > 0:
+            self.max(0)  # waits
+        yield
+        if self.world > 1 and self.local_rank == 0:
+            self.max(0)
+
+
+ALONE = Processes(torch.device("cpu"))
+
+
+@contextmanager
+def join(device: str) -> Iterator[Processes]:
+    """Joins the other processes of this run, where ``torchrun`` started any.
+
+    Args:
+        device: as the user named it; with several processes on CUDA each takes a GPU of its own.
+
+    Raises:
+        RunError: the device cannot be used, or another process was lost on the way.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    place = torch.device(device)
+    if world > 1 and place.type == "cuda":
+        place = torch.device("cuda", local_rank)
+    try:
+        torch.zeros(1, device=place)
+        if place.type == "cuda":
+            torch.cuda.set_device(place)
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(f"the device {place} cannot be used: {first_line(error)}") from None
+    if world > 1 and place.type not in ("cuda", "cpu"):
+        raise RunError(f"several processes need --device cuda or cpu, not {place.type}")
+    try:
+        if world > 1:
+            dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        yield Processes(place, rank, world, local_rank)
+        if world > 1:
+            dist.destroy_process_group()
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise RunError(f"{place} has too little memory: a smaller -b needs less") from None
+        if world > 1 and not isinstance(error, RunError) and _LOST.search(str(error)):
+            message = f"process {rank} of {world} lost another one: {first_line(error)}"
+            raise RunError(message) from None
+        raise
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text: torch's go on with advice for programmers."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

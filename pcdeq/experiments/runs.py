@@ -1,0 +1,373 @@
+"""A run's folder: four files, each written whole or not at all, and what makes a run resumable.
+
+    config.json   all flags and where they ran: versions, device, processor, threads, commit
+    metrics.csv   a row per epoch
+    best.pth      the weights with the highest test accuracy
+    last.pth      the weights after the last complete epoch, and what goes on from there
+
+``last.pth`` is the truth. It carries the optimizer and the metrics so far, and is written first;
+``best.pth`` and ``metrics.csv`` follow from it (``Run.settle``). So a crash between two files loses
+nothing and doubles nothing: the next start lets the others follow again. There is no generator
+state to keep: shuffles and crops are drawn anew for each epoch from (seed, epoch).
+
+A file is written under a temporary name, flushed to the disk and renamed over the old one, and the
+folder is flushed too: after a power cut there is the old file or the new one (the usual recipe of
+databases and editors; see the man page of rename(2)).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import stat
+import threading
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+
+from pcdeq.weights import CheckpointError, read_checkpoint
+
+CONFIG, METRICS, BEST, LAST = "config.json", "metrics.csv", "best.pth", "last.pth"
+CERTIFICATES = "certificates.json"
+COLUMNS = (
+    "epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc",
+    "forward_iters", "backward_iters", "unconverged", "seconds",
+)  # fmt: skip
+STATE = {"rows": list, "optimizer": dict, "flags": dict}  # what last.pth adds to the weights
+
+
+class RunError(RuntimeError):
+    """What ends a run with exit status 1; its text is the one sentence for the user."""
+
+
+class Interrupted(Exception):
+    """A signal ended the run between two steps.
+
+    Attributes:
+        status: the exit status, 128 plus the signal's number: 130 for SIGINT, 143 for SIGTERM.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.status = 128 + number
+
+
+class Signals:
+    """SIGINT and SIGTERM (what Slurm sends) end a run between two steps; a second one at once.
+
+    Inside this context a signal is noted, and ``check`` raises ``Interrupted`` for it. Outside of
+    the main thread, where Python takes no signals, nothing changes.
+
+    Attributes:
+        advice: how to go on, the end of the message; without it there is no message.
+    """
+
+    def __init__(self) -> None:
+        self.number, self.advice = 0, ""
+
+    def __enter__(self) -> Signals:
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.number:
+            os._exit(128 + number)
+        self.number = number
+
+    def check(self) -> None:
+        """Ends the run if a signal came."""
+        if self.number:
+            name = signal.Signals(self.number).name
+            raise Interrupted(self.number, self.advice and f"stopped by {name}; {self.advice}")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if isinstance(error, RuntimeError):  # another process heard it first, and is gone
+            self.check()
+
+
+@dataclass
+class RunConfig:
+    """One run, as the flags of the training scripts describe it."""
+
+    dataset: str
+    net: str
+    activation: str
+    lr: float
+    epochs: int
+    weight_decay: float
+    batch_size: int
+    milestone: int
+    augment: bool = False
+    seed: int = 0
+    device: str = "cpu"
+    data_root: str = "data"
+    out: str | None = None
+    overwrite: bool = False
+    resume: bool = False
+    sample: bool = False
+    image_folder: str | None = None
+    solver: str = "picard"
+    precision: str = "fp32"
+    tol: float = 1e-4
+    max_iter: int = 200
+    certify: bool = False
+
+    @property
+    def data(self) -> str:
+        """Where the images come from: "torchvision", "sample" or "image-folder"."""
+        return "sample" if self.sample else "image-folder" if self.image_folder else "torchvision"
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder, ``out`` or one named after the run."""
+        if self.out is not None:
+            return Path(self.out)
+        marks = "_aug" * self.augment
+        marks += {"sample": "_sample", "image-folder": "_folder", "torchvision": ""}[self.data]
+        name = f"{self.dataset}_{self.net}_{self.activation}{marks}_seed{self.seed}"
+        return Path("runs") / name
+
+    def __post_init__(self) -> None:
+        if self.image_folder is not None:
+            self.image_folder = os.path.abspath(self.image_folder)
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that change the numbers: what a resumed run must have in common."""
+        return {name: getattr(self, name) for name in FLAGS}
+
+
+# The fields that change the numbers, and what the command line calls them.
+FLAGS = {
+    "dataset": "data set", "net": "-net", "activation": "-activ", "lr": "-lr",
+    "weight_decay": "-wd", "batch_size": "-b", "milestone": "-m", "augment": "--aug",
+    "seed": "--seed", "sample": "--sample", "image_folder": "--image-folder",
+    "solver": "--solver", "precision": "--precision", "tol": "--tol", "max_iter": "--max-iter",
+}  # fmt: skip
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The flags in which the run ``new`` differs from ``old``, each with both values, or ""."""
+    return ", ".join(
+        f"{FLAGS[name]} {new[name]} (was {old.get(name)})"
+        for name in FLAGS
+        if new[name] != old.get(name)
+    )
+
+
+def check_folder(config: RunConfig) -> None:
+    """Refuses, before any data is read, a folder in which this run must not or cannot write.
+
+    Under torchrun the first process speaks for all: by the time that the others look, it may
+    already have begun the run.
+
+    Raises:
+        ValueError: with one sentence for the user.
+        RunError: ``config.json`` is damaged.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    folder = config.folder
+    if config.resume and config.overwrite:
+        raise ValueError("--resume and --overwrite exclude each other")
+    _check_writable(folder)
+    if not any((folder / name).exists() for name in (CONFIG, METRICS, BEST, LAST)):
+        return
+    if not (config.resume or config.overwrite):
+        raise ValueError(
+            f"{folder} already holds a run: --resume goes on with it, --overwrite starts it anew"
+        )
+    if config.resume and (folder / CONFIG).exists():
+        old = read_config(folder)
+        different = differences(old, config.identity())
+        if config.epochs < old.get("epochs", 0):
+            different += ", " * bool(different) + f"-epochs {config.epochs} (was {old['epochs']})"
+        if different:
+            raise ValueError(f"--resume continues {folder} with the same flags, but: {different}")
+
+
+def _check_writable(folder: Path) -> None:
+    for place in (folder, *folder.absolute().parents):
+        try:
+            mode = os.stat(place).st_mode
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{str(folder)!r} cannot be written: {reason}") from None
+        if not stat.S_ISDIR(mode):
+            raise ValueError(f"{folder} cannot be written: {place} is not a folder")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise ValueError(f"{folder} cannot be written: no permission to write in {place}")
+        return
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a run's folder.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from None
+    if not isinstance(config, dict) or not FLAGS.keys() <= config.keys():
+        raise RunError(f"{path} is not the config.json of a run")
+    return config
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file so that it is there whole or not at all.
+
+    Raises:
+        RunError: the disk is full, the folder is gone, or whatever else the system says.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+    except OSError as error:
+        message = f"{path} cannot be written ({error.strerror}); what was there before is intact"
+        raise RunError(message) from None
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename in the folder last through a power cut."""
+    if os.name == "nt":  # has no such thing
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Run:
+    """The folder of one run.
+
+    Args:
+        config: the run.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.folder = config, config.folder
+
+    def begin(self, environment: dict[str, Any]) -> None:
+        """Opens the folder and writes ``config.json``; with ``--overwrite`` the old run goes first.
+
+        Args:
+            environment: where the run runs (``machine.environment``). Where a resumed run began
+                elsewhere, that stays under "earlier".
+        """
+        earlier = []
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.config.overwrite:  # last.pth first: what is left of a run must not resume
+                for name in (LAST, BEST, METRICS, CERTIFICATES):
+                    (self.folder / name).unlink(missing_ok=True)
+            elif (self.folder / CONFIG).exists():
+                old = read_config(self.folder)
+                here = {name: value for name, value in environment.items() if name != "command"}
+                then = {name: old.get(name) for name in here}
+                earlier = old.get("earlier", []) + [then] * (then != here)
+        except OSError as error:
+            raise RunError(f"{self.folder} cannot be written ({error.strerror})") from None
+        record = {**asdict(self.config), "data": self.config.data, **environment}
+        self.write_json(CONFIG, {**record, "earlier": earlier})
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a value as a JSON file of this folder."""
+        write_whole(self.folder / name, (json.dumps(value, indent=2) + "\n").encode())
+
+    def load(self) -> dict[str, Any] | None:
+        """What ``last.pth`` holds, verified, with the other files settled by it; None without one.
+
+        Raises:
+            CheckpointError: ``last.pth`` is damaged, foreign, or another run's; or ``best.pth`` is
+                damaged.
+        """
+        path, best = self.folder / LAST, self.folder / BEST
+        if not (self.config.resume and path.exists()):
+            return None
+        checkpoint = read_checkpoint(path)
+        state = checkpoint.get("training")
+        if not _is_state(state):
+            raise CheckpointError(f"{path} holds weights but no run to go on with")
+        different = differences(state["flags"], self.config.identity())
+        if different:
+            raise CheckpointError(f"{path} belongs to another run: {different}")
+        if best.exists() and best_of(state["rows"]) != state["rows"][-1]:
+            read_checkpoint(best)
+        self.settle(checkpoint)
+        return checkpoint
+
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps a complete epoch.
+
+        Args:
+            checkpoint: the identity and weights of the network, and under "training" the ``STATE``.
+        """
+        write_whole(self.folder / LAST, _serialised(checkpoint))
+        self.settle(checkpoint)
+
+    def settle(self, checkpoint: dict[str, Any]) -> None:
+        """Lets ``best.pth`` and ``metrics.csv`` follow from what ``last.pth`` holds."""
+        state = checkpoint["training"]
+        if best_of(state["rows"]) == state["rows"][-1]:
+            weights = {name: value for name, value in checkpoint.items() if name != "training"}
+            write_whole(self.folder / BEST, _serialised(weights))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(state["rows"])
+        write_whole(self.folder / METRICS, text.getvalue().encode())
+
+    def kept(self, epochs: int) -> str:
+        """What is safe after so many complete epochs, for a message."""
+        return f"{self.folder} holds the run up to epoch {epochs}" if epochs else "no epoch is done"
+
+
+def _is_state(state: Any) -> bool:
+    """Whether this is what ``STATE`` says, with a row for each epoch from 1 on."""
+    return (
+        isinstance(state, dict)
+        and all(isinstance(state.get(name), kind) and state[name] for name, kind in STATE.items())
+        and all(isinstance(row, dict) and row.keys() == set(COLUMNS) for row in state["rows"])
+        and [row["epoch"] for row in state["rows"]] == list(range(1, len(state["rows"]) + 1))
+    )
+
+
+def best_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row with the highest test accuracy, the first one of equals."""
+    return max(rows, key=lambda row: row["test_acc"])
+
+
+def _serialised(checkpoint: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    return buffer.getvalue()

@@ -1,0 +1,342 @@
+"""One step, one epoch, one run.
+
+A step is projected AdamW: the gradient through the equilibria, the optimizer's step, and every
+block's weight back onto the nonnegative orthant (paper, Section 4.4). An epoch is a loop over the
+indices of one shuffle, since the data set is a tensor on the device. A run is epochs, with a test
+pass and a checkpoint behind each. The shape of this file is that of minGPT's trainer.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from pcdeq.experiments import data, machine
+from pcdeq.experiments.data import ImageSet
+from pcdeq.experiments.evaluation import evaluate
+from pcdeq.experiments.parallel import ALONE, Processes, first_line, join
+from pcdeq.experiments.runs import (
+    BEST,
+    CERTIFICATES,
+    LAST,
+    Run,
+    RunConfig,
+    RunError,
+    Signals,
+    best_of,
+)
+from pcdeq.implicit import PcDEQ
+from pcdeq.networks import Network, build_network
+from pcdeq.weights import CheckpointError, describe
+
+
+class Trainer:
+    """A network, its optimizer and its training set: what a step needs and changes.
+
+    Args:
+        network: on the device.
+        images: the training set, on the same device.
+        config: the run; its learning rate, milestone, weight decay, batch size and seed count here.
+        processes: those that share the work.
+    """
+
+    def __init__(
+        self, network: Network, images: ImageSet, config: RunConfig, processes: Processes = ALONE
+    ) -> None:
+        self.network, self.images, self.config = network, images, config
+        self.processes = processes
+        self.model = processes.wrap(network)
+        self.optimizer = torch.optim.AdamW(
+            network.parameters(), config.lr, weight_decay=config.weight_decay, fused=True
+        )
+
+    def step(self, x: Tensor, y: Tensor, share: float = 1.0) -> tuple[float, int]:
+        """One step of projected AdamW.
+
+        Args:
+            x: images (B, C, H, W), normalised.
+            y: labels (B,).
+            share: weight of this batch's mean loss (``Processes.share``).
+
+        Returns:
+            The mean loss, in nats, and how many images were classified rightly.
+
+        Raises:
+            FloatingPointError: a solve or the loss is not finite; the weights are as before.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        logits = self.model(x)  # (B, classes)
+        self._check("forward")
+        loss = F.cross_entropy(logits, y)
+        (loss * share).backward()
+        # The backward solves have waited for the device already: reading two numbers is cheap now.
+        value, right = torch.stack((loss.detach(), (logits.argmax(1) == y).sum())).tolist()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss is {value}, though every forward solve is finite")
+        self._check("backward")
+        self.optimizer.step()
+        self.network.clamp()
+        return value, int(right)
+
+    def _check(self, direction: str) -> None:
+        for name, block in self.network.named_children():
+            if isinstance(block, PcDEQ):
+                solve = getattr(block.deq, f"{direction}_solve")
+                if not math.isfinite(solve.residual):
+                    raise FloatingPointError(f"the {direction} solve of {name} is not finite")
+
+    def epoch(
+        self, epoch: int, after_step: Callable[[], None] = lambda: None, **bar: Any
+    ) -> dict[str, float]:
+        """One pass over the shuffled training set.
+
+        Args:
+            epoch: its number, from 1; decides learning rate, shuffle and augmentation.
+            after_step: called after each step; what it raises ends the epoch.
+            bar: arguments of the tqdm bar.
+
+        Returns:
+            The first columns of ``metrics.csv``: means over images, and over blocks and steps.
+
+        Raises:
+            FloatingPointError: a loss or a solve is not finite; that step is not taken.
+        """
+        config, processes = self.config, self.processes
+        lr = config.lr if epoch <= config.milestone else 0.1 * config.lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        shuffle = torch.randperm(
+            len(self.images), generator=generator("cpu", config.seed, epoch)
+        ).to(processes.device)
+        batches = [
+            batch
+            for batch in shuffle.split(config.batch_size)
+            if len(batch) >= processes.smallest_batch
+        ]
+        augmentation = generator(processes.device, config.seed, epoch, processes.rank)
+        deqs = [block.deq for block in self.network.blocks]
+        loss = right = seen = forward = backward = unconverged = 0
+        self.model.train()
+        with tqdm(batches, **bar) as progress:
+            for number, batch in enumerate(progress, 1):
+                x, y = self.images.batch(processes.part(batch), augmentation)
+                try:
+                    mean, hits = self.step(x, y, processes.share(batch))
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"epoch {epoch}, step {number}: {error}") from None
+                loss, right, seen = loss + mean * len(y), right + hits, seen + len(y)
+                for deq in deqs:
+                    forward += deq.iter_forward
+                    backward += deq.iter_backward
+                    unconverged += not deq.forward_solve.converged
+                    unconverged += not deq.backward_solve.converged
+                progress.set_postfix_str(f"loss {loss / seen:.4f}", refresh=False)
+                after_step()
+        solves = len(batches) * len(deqs) * processes.world
+        loss, right, seen, forward, backward, unconverged = processes.sum(
+            loss, right, seen, forward, backward, unconverged
+        )
+        return {
+            "epoch": epoch,
+            "lr": lr,
+            "train_loss": loss / seen,
+            "train_acc": 100 * right / seen,
+            "forward_iters": forward / solves,
+            "backward_iters": backward / solves,
+            "unconverged": int(unconverged),
+        }
+
+
+def generator(device: str | torch.device, *numbers: int) -> torch.Generator:
+    """A generator seeded from all of ``numbers``, so that there is no state to carry along."""
+    mixed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(mixed[0]))
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run: its folder, and the rows of its ``metrics.csv``."""
+
+    folder: Path
+    rows: list[dict[str, Any]]
+
+    def __str__(self) -> str:
+        best, last = best_of(self.rows), self.rows[-1]
+        return (
+            f"best {best['test_acc']:.2f} % (epoch {best['epoch']}), "
+            f"last {last['test_acc']:.2f} %: {self.folder}"
+        )
+
+
+def train(config: RunConfig) -> RunResult:
+    """One run: trains, tests after each epoch, keeps its folder, and says what it does.
+
+    Args:
+        config: the run, its folder checked (``runs.check_folder``).
+
+    Raises:
+        RunError: also DataError, CheckpointError; each with one sentence for the user.
+        Interrupted: a signal came; the folder holds the complete epochs.
+    """
+    run = Run(config)
+    with join(config.device) as processes:
+        say = functools.partial(print, flush=True) if processes.first else lambda text: None
+        checkpoint = processes.tell(run.load() if processes.first else None)
+        result = RunResult(run.folder, checkpoint["training"]["rows"] if checkpoint else [])
+        if len(result.rows) >= config.epochs and not config.certify:
+            say(f"finished already, after {len(result.rows)} epochs: {result}")
+            return result
+
+        trainer, test_set = _prepare(config, processes, say)
+        if checkpoint:
+            _restore(trainer, checkpoint, run.folder / LAST)
+        where = machine.environment(processes.device, processes.world)
+        size = sum(parameter.numel() for parameter in trainer.network.parameters())
+        if processes.first:
+            run.begin({"parameters": size, **where})
+        say(
+            f"{config.net} ({config.activation}), {size:,} parameters, on {where['device_name']}, "
+            f"{processes.world} × {where['threads']} threads\n"
+            f"{len(trainer.images):,} training and {len(test_set):,} test images ({config.data})"
+        )
+        if checkpoint and not (run.folder / BEST).exists():
+            say(f"{BEST} is gone: the first epoch that is better than all before writes it again")
+        if len(result.rows) < config.epochs:
+            say(HEADER)
+        with Signals() as signals:
+            for epoch in range(len(result.rows) + 1, config.epochs + 1):
+                if processes.first:
+                    signals.advice = f"{run.kept(epoch - 1)}, --resume goes on"
+                try:
+                    row = _train_and_test(trainer, test_set, epoch, signals.check)
+                except FloatingPointError as error:
+                    raise RunError(f"{error}; {run.kept(epoch - 1)}") from None
+                result.rows.append(row)
+                if processes.first:
+                    run.save(_checkpoint(trainer, result.rows))
+                say(_line(row, config))
+        if config.certify and processes.first:
+            _certify(run, trainer.network, test_set, say)
+        say(str(result))
+        return result
+
+
+def _prepare(
+    config: RunConfig, processes: Processes, say: Callable[[str], None]
+) -> tuple[Trainer, ImageSet]:
+    """Loads the data and builds the network."""
+    with processes.in_turn():
+        train_set, test_set, classes = data.load(
+            config.dataset,
+            root=config.data_root,
+            sample=config.sample,
+            image_folder=config.image_folder,
+            augment=config.augment,
+            device=processes.device,
+        )
+    least, size = processes.smallest_batch, len(train_set)
+    batch, rest = min(config.batch_size, size), size % config.batch_size
+    why = "batch normalisation needs two images in each process"
+    if batch < least:
+        raise RunError(f"batches of {batch} are too small for {processes.world} process(es): {why}")
+    if 0 < rest < least:
+        say(f"the last batch of each epoch, of {rest}, is left out: {why}")
+    torch.manual_seed(config.seed)
+    network = build_network(
+        config.net,
+        config.activation,
+        config.dataset,
+        config.augment,
+        classes,
+        solver=config.solver,
+        precision=config.precision,
+        tol=config.tol,
+        max_iter=config.max_iter,
+    )
+    return Trainer(network.to(processes.device), train_set, config, processes), test_set
+
+
+def _train_and_test(
+    trainer: Trainer, test_set: ImageSet, epoch: int, check: Callable[[], None]
+) -> dict[str, Any]:
+    """One row of ``metrics.csv``."""
+    processes, start = trainer.processes, time.perf_counter()
+    # disable=None: a bar on a terminal only, and no trail of bars in a log file.
+    bar = {"leave": False, "dynamic_ncols": True, "disable": None if processes.first else True}
+    row = trainer.epoch(epoch, check, desc=f"epoch {epoch}/{trainer.config.epochs}", **bar)
+    processes.agree(trainer.network)
+    with tqdm(desc="test", unit="batch", **bar) as progress:
+        test = evaluate(
+            trainer.network,
+            test_set,
+            processes=processes,
+            after_batch=lambda: (progress.update(), check()),
+        )
+    if not math.isfinite(test.loss):
+        raise FloatingPointError(f"epoch {epoch}: the loss on the test set is {test.loss}")
+    row |= {"test_loss": test.loss, "test_acc": test.accuracy}
+    return row | {"seconds": round(time.perf_counter() - start, 3)}
+
+
+def _checkpoint(trainer: Trainer, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What ``last.pth`` holds (``runs.STATE``)."""
+    return {
+        **describe(trainer.network),
+        "model": trainer.network.state_dict(),
+        "training": {
+            "rows": rows,
+            "optimizer": trainer.optimizer.state_dict(),
+            "flags": trainer.config.identity(),
+        },
+    }
+
+
+def _restore(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> None:
+    """Puts weights and optimizer back as they were."""
+    for name, mine in describe(trainer.network).items():
+        if checkpoint.get(name) != mine:
+            raise CheckpointError(f"{path}: its {name} is {checkpoint.get(name)}, not {mine}")
+    try:
+        trainer.network.load_state_dict(checkpoint["model"])
+        trainer.optimizer.load_state_dict(checkpoint["training"]["optimizer"])
+    except Exception as error:  # of whatever kind: the file is whole, but not one of ours
+        raise CheckpointError(f"{path} does not fit this run: {first_line(error)}") from None
+
+
+def _certify(run: Run, network: Network, test_set: ImageSet, say: Callable[[str], None]) -> None:
+    from pcdeq.experiments.evaluation import certify_set, format_certificates
+
+    certificates = certify_set(network, test_set)
+    run.write_json(CERTIFICATES, certificates)
+    say(format_certificates(certificates))
+
+
+HEADER = "  epoch      lr  train loss  accuracy  test loss  accuracy   iterations  seconds"
+
+
+def _line(row: dict[str, Any], config: RunConfig) -> str:
+    """A row as a line under ``HEADER``; a second line warns of unconverged solves."""
+    epoch = f"{row['epoch']}/{config.epochs}"
+    iterations = f"{row['forward_iters']:.1f} + {row['backward_iters']:.1f}"
+    text = (
+        f"{epoch:>7}  {row['lr']:>6g}  {row['train_loss']:>10.4f}  {row['train_acc']:>6.2f} %  "
+        f"{row['test_loss']:>9.4f}  {row['test_acc']:>6.2f} %  {iterations:>11}  "
+        f"{row['seconds']:>7.1f}"
+    )
+    if row["unconverged"]:
+        text += (
+            f"\nwarning: {row['unconverged']} solves of epoch {row['epoch']} did not reach the "
+            f"tolerance in {config.max_iter} iterations"
+        )
+    return text

@@ -1,0 +1,331 @@
+"""A run's folder: refusals before anything happens, files whole or not at all, damage refused."""
+
+import csv
+import json
+import os
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pcdeq import build_network
+from pcdeq.experiments import runs
+from pcdeq.experiments.runs import Run, RunConfig, RunError, check_folder, write_whole
+from pcdeq.weights import CheckpointError, describe
+
+HERE = {"processor": "abacus", "threads": 1, "command": "python train.py"}
+
+
+@pytest.fixture(autouse=True)
+def disk(monkeypatch):
+    """What the folder asks of the disk, noted; no test here waits for a flush."""
+    asked = []
+    rename = os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: asked.append(os.fstat(handle)))
+    monkeypatch.setattr(os, "replace", lambda *paths: asked.append(paths) or rename(*paths))
+    return asked
+
+
+def config_of(out, **flags):
+    settings = {"lr": 5e-4, "epochs": 3, "weight_decay": 1.5e-2, "batch_size": 64, "milestone": 2}
+    name = None if out is None else str(out)
+    return RunConfig("mnist", "linear_pcdeq_1", "tanh", out=name, **{**settings, **flags})
+
+
+def row_of(epoch, accuracy):
+    return dict.fromkeys(runs.COLUMNS, 0.5) | {"epoch": epoch, "test_acc": accuracy}
+
+
+def checkpoint_of(config, accuracies):
+    """What a run has after so many epochs; its weights tell the epoch."""
+    network = build_network(config.net, config.activation)
+    torch.nn.init.constant_(network.classifier.bias, len(accuracies))
+    optimizer = torch.optim.AdamW(network.parameters(), config.lr)
+    network(torch.rand(4, 1, 28, 28)).sum().backward()
+    optimizer.step()
+    rows = [row_of(epoch, accuracy) for epoch, accuracy in enumerate(accuracies, 1)]
+    state = {
+        "rows": rows,
+        "optimizer": optimizer.state_dict(),
+        "flags": config.identity(),
+    }
+    return {**describe(network), "model": network.state_dict(), "training": state}
+
+
+def metrics(folder):
+    with open(folder / runs.METRICS, newline="") as file:
+        return [(int(row["epoch"]), float(row["test_acc"])) for row in csv.DictReader(file)]
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A folder with a run of two epochs, the first one better."""
+    config = config_of(tmp_path / "run")
+    run = Run(config)
+    run.begin(HERE)
+    run.save(checkpoint_of(config, [90.0]))
+    run.save(checkpoint_of(config, [90.0, 80.0]))
+    return config
+
+
+# Where a run goes
+
+
+def test_the_folder_is_named_after_the_run():
+    name = "mnist_linear_pcdeq_1_tanh"
+    assert config_of(None).folder == Path("runs") / f"{name}_seed0"
+    assert config_of(None, seed=3, sample=True).folder == Path("runs") / f"{name}_sample_seed3"
+    folder = config_of(None, augment=True, image_folder="x").folder
+    assert folder == Path("runs") / f"{name}_aug_folder_seed0"
+    assert config_of("here").folder == Path("here")
+
+
+def test_a_run_is_refused_where_one_is(finished):
+    with pytest.raises(ValueError, match=r"already holds a run: --resume .* --overwrite"):
+        check_folder(finished)
+    check_folder(replace(finished, overwrite=True))
+    check_folder(replace(finished, resume=True))
+    with pytest.raises(ValueError, match="exclude each other"):
+        check_folder(replace(finished, resume=True, overwrite=True))
+    for name in runs.CONFIG, runs.METRICS, runs.BEST:  # any of the files makes it a run
+        os.remove(finished.folder / name)
+        with pytest.raises(ValueError, match="already holds a run"):
+            check_folder(finished)
+    os.remove(finished.folder / runs.LAST)
+    check_folder(finished)
+
+
+def test_the_first_process_speaks_for_all(finished, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    check_folder(finished)
+
+
+def test_every_differing_flag_is_named(finished):
+    other = replace(finished, resume=True, lr=1e-3, seed=7, epochs=2, sample=True, tol=1e-5)
+    with pytest.raises(ValueError) as refusal:
+        check_folder(other)
+    text = str(refusal.value)
+    for difference in (
+        "-lr 0.001 (was 0.0005)", "--seed 7 (was 0)", "-epochs 2 (was 3)",
+        "--sample True (was False)", "--tol 1e-05 (was 0.0001)",
+    ):  # fmt: skip
+        assert difference in text
+    assert text.count("(was") == 5 and "\n" not in text
+
+
+@pytest.mark.parametrize("field", runs.FLAGS)
+def test_each_flag_that_changes_the_numbers_counts(finished, field):
+    now = getattr(finished, field)
+    other = (not now) if isinstance(now, bool) else 3 if isinstance(now, float | int) else f"{now}x"
+    with pytest.raises(ValueError, match=r"\(was"):
+        check_folder(replace(finished, resume=True, **{field: other}))
+
+
+def test_flags_that_leave_the_numbers_alone_may_change(finished):
+    check_folder(
+        replace(finished, resume=True, data_root="x", device="mps", certify=True, epochs=9)
+    )
+
+
+def test_a_folder_that_cannot_be_written_is_refused_and_nothing_is_made(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("x" * 300), "a\0b"):
+        with pytest.raises(ValueError, match="cannot be written") as refusal:
+            check_folder(config_of(out))
+        assert "\n" not in str(refusal.value)
+    check_folder(config_of(tmp_path / "new" / "run"))
+    monkeypatch.setattr(os, "access", lambda place, mode: False)
+    with pytest.raises(ValueError, match="no permission"):
+        check_folder(config_of(tmp_path / "new" / "run"))
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"net": "linear_pcdeq_1"}', "\x00\xff"])
+def test_a_damaged_config_is_named(finished, content):
+    (finished.folder / runs.CONFIG).write_text(content)
+    with pytest.raises(RunError, match=r"config\.json"):
+        check_folder(replace(finished, resume=True))
+
+
+# What is written
+
+
+def test_config_says_all_flags_and_where_a_run_has_been(finished):
+    path = finished.folder / runs.CONFIG
+    config = json.loads(path.read_text())
+    assert config["lr"] == 5e-4 and config["data"] == "torchvision" and config["earlier"] == []
+    assert config["processor"] == "abacus"
+    again = Run(replace(finished, resume=True, epochs=9))
+    again.begin({**HERE, "command": "python train.py --resume"})
+    assert json.loads(path.read_text())["earlier"] == []
+    again.begin({**HERE, "processor": "slide rule"})
+    config = json.loads(path.read_text())
+    assert (config["epochs"], config["processor"]) == (9, "slide rule")
+    assert config["earlier"] == [{"processor": "abacus", "threads": 1}]
+
+
+def test_best_is_the_first_of_the_highest(tmp_path):
+    config = config_of(tmp_path)
+    run, accuracies, bests = Run(config), [], []
+    for accuracy in (90.0, 89.0, 91.0, 91.0):
+        accuracies.append(accuracy)
+        run.save(checkpoint_of(config, accuracies))
+        best = torch.load(tmp_path / runs.BEST, weights_only=True)
+        bests.append(round(best["model"]["classifier.bias"][0].item()))
+        assert "training" not in best
+        assert metrics(tmp_path) == list(enumerate(accuracies, 1))
+    assert bests == [1, 1, 3, 3]
+
+
+def test_overwriting_leaves_nothing_of_the_old_run(finished):
+    (finished.folder / "notes.txt").write_text("mine")
+    Run(replace(finished, overwrite=True)).begin(HERE)
+    assert sorted(os.listdir(finished.folder)) == ["config.json", "notes.txt"]
+
+
+def test_a_file_is_flushed_then_renamed_then_the_folder_is_flushed(tmp_path, disk):
+    path = tmp_path / "last.pth"
+    write_whole(path, b"weights")
+    flushed, (temporary, renamed), folder = disk
+    assert flushed.st_ino == path.stat().st_ino and flushed.st_size == 7
+    assert (temporary.parent, renamed) == (tmp_path, path)
+    assert folder.st_ino == tmp_path.stat().st_ino
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "last.pth"
+    write_whole(path, b"old")
+    # Writing goes through the temporary name: the device that is always full takes its place.
+    os.symlink("/dev/full", tmp_path / ".last.pth.tmp")
+    with pytest.raises(RunError, match=r"last\.pth cannot be written \(No space left on device\)"):
+        write_whole(path, b"new")
+    assert os.listdir(tmp_path) == ["last.pth"]
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, b"new")
+    assert os.listdir(tmp_path) == ["last.pth"] and path.read_bytes() == b"old"
+    with pytest.raises(RunError, match="No such file or directory"):
+        write_whole(tmp_path / "gone" / "last.pth", b"new")
+
+
+@pytest.mark.parametrize("accuracies", [[90.0, 95.0], [90.0, 85.0]])
+@pytest.mark.parametrize("written", [0, 1, 2, 3])
+def test_a_crash_between_two_files_is_mended_by_the_next_start(
+    tmp_path, monkeypatch, accuracies, written
+):
+    config = config_of(tmp_path, resume=True)
+    run = Run(config)
+    run.begin(HERE)
+    run.save(checkpoint_of(config, accuracies[:1]))
+    left = iter(range(written))
+
+    def dying(path, data):
+        if next(left, None) is None:
+            raise MemoryError("the plug is pulled")
+        write_whole(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "write_whole", dying)
+        try:
+            run.save(checkpoint_of(config, accuracies))
+        except MemoryError:
+            pass
+        else:
+            assert written >= 2 + (accuracies[1] > accuracies[0])
+    checkpoint = Run(config).load()
+    done = accuracies if written else accuracies[:1]
+    assert len(checkpoint["training"]["rows"]) == len(done)
+    assert metrics(tmp_path) == list(enumerate(done, 1))
+    best = torch.load(tmp_path / runs.BEST, weights_only=True)["model"]["classifier.bias"][0]
+    assert round(best.item()) == done.index(max(done)) + 1
+
+
+# What is read
+
+
+def test_without_a_last_checkpoint_a_run_begins(tmp_path, finished):
+    assert Run(finished).load() is None  # without --resume
+    os.remove(finished.folder / runs.LAST)
+    assert Run(replace(finished, resume=True)).load() is None
+
+
+def equal(one, other):
+    """Whether two checkpoints hold the same tensors and values."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+@pytest.mark.parametrize("name", [runs.LAST, runs.BEST])
+def test_damage_is_refused_or_harmless(finished, name):
+    run = Run(replace(finished, resume=True))
+    path = finished.folder / name
+    whole = path.read_bytes()
+    expected = run.load()
+    for tenth in range(10):  # from the empty file on
+        path.write_bytes(whole[: tenth * len(whole) // 10])
+        with pytest.raises(CheckpointError, match=str(path)):
+            run.load()
+    dice, harmless = random.Random(0), 0
+    for _ in range(100):
+        place = dice.randrange(len(whole))
+        flipped = bytes([whole[place] ^ 1 << dice.randrange(8)])
+        path.write_bytes(whole[:place] + flipped + whole[place + 1 :])
+        try:
+            found = run.load()
+        except CheckpointError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+        else:
+            harmless += 1
+            assert equal(found, expected)
+    assert harmless < 50
+    path.write_bytes(whole)
+    assert equal(run.load(), expected)
+
+
+class Malice:
+    """Unpickled without care, makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("name", [runs.LAST, runs.BEST])
+def test_a_pickle_that_would_run_code_does_not(finished, tmp_path, name):
+    trap = tmp_path / "trap"
+    for content in (Malice(trap), checkpoint_of(finished, [1.0]) | {"extra": Malice(trap)}):
+        torch.save(content, finished.folder / name)
+        with pytest.raises(CheckpointError, match=name):
+            Run(replace(finished, resume=True)).load()
+    assert not trap.exists()
+    torch.load(finished.folder / name, weights_only=False)  # the trap was armed
+    assert trap.exists()
+
+
+def test_foreign_checkpoints_are_refused(finished):
+    run, path = Run(replace(finished, resume=True)), finished.folder / runs.LAST
+    good = checkpoint_of(finished, [90.0, 80.0])
+
+    def refused(content, match):
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match=match) as refusal:
+            run.load()
+        assert str(path) in str(refusal.value)
+
+    refused({name: value for name, value in good.items() if name != "training"}, "no run to go on")
+    refused(good["model"], "no run to go on")
+    other = checkpoint_of(replace(finished, seed=5, lr=1.0), [90.0])
+    refused(other, r"another run: -lr 0.0005 \(was 1.0\), --seed 0 \(was 5\)")
+    for broken in ({"rows": []}, {"rows": [1]}, {"rows": [{"epoch": 1}]}, {"optimizer": 3}):
+        refused({**good, "training": {**good["training"], **broken}}, "no run to go on")
+    rows = [row_of(1, 90.0), row_of(3, 80.0)]
+    refused({**good, "training": {**good["training"], "rows": rows}}, "no run to go on")

@@ -1,0 +1,373 @@
+"""A step against one written out, and runs: equal from one seed, exact after a resume, stopped."""
+
+import csv
+import json
+import math
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from processes import same, weights
+
+from pcdeq import build_network
+from pcdeq.experiments import data, runs, training
+from pcdeq.experiments.runs import Interrupted, RunConfig, RunError
+from pcdeq.experiments.training import Trainer, train
+from pcdeq.weights import CheckpointError
+
+CPU = torch.device("cpu")
+
+
+def config_of(out, **flags):
+    settings = {"lr": 5e-4, "epochs": 4, "weight_decay": 1.5e-2, "batch_size": 64, "milestone": 2}
+    return RunConfig(
+        "mnist", "linear_pcdeq_1", "tanh", out=str(out), **{**settings, "sample": True, **flags}
+    )
+
+
+@pytest.fixture(autouse=True)
+def digits(monkeypatch):
+    """640 digits to train on, cropped and flipped, so that every generator counts; 250 to test."""
+    load = data.load
+
+    def few(*arguments, **flags):
+        train_set, test_set, classes = load(*arguments, **flags)
+        size = flags.get("size", sizes["train"])
+        train_set = data.ImageSet(
+            train_set.images[::5][:size], train_set.labels[::5][:size], (0.0,), (1.0,), augment=True
+        )
+        return train_set, data.ImageSet(*halves(test_set), (0.0,), (1.0,)), classes
+
+    def halves(images):
+        return images.images[::4], images.labels[::4]
+
+    sizes = {"train": 640}
+    monkeypatch.setattr(data, "load", few)
+    return sizes
+
+
+def metrics(folder):
+    """The rows of ``metrics.csv``, without the time."""
+    with open(folder / runs.METRICS, newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+# A step
+
+
+def test_a_step_is_the_one_written_out():
+    config = config_of("unused", lr=1e-2)
+    images, _, _ = data.load("mnist", sample=True)
+    networks = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        networks.append(build_network("linear_pcdeq_1", "tanh"))
+    network, written = networks
+    trainer = Trainer(network, images, config)
+    optimizer = torch.optim.AdamW(written.parameters(), 1e-2, weight_decay=1.5e-2, fused=True)
+    for first in range(0, 640, 64):
+        x, y = images.batch(slice(first, first + 64), torch.Generator().manual_seed(first))
+        loss, right = trainer.step(x, y)
+        optimizer.zero_grad()
+        logits = written(x)
+        expected = F.cross_entropy(logits, y)
+        expected.backward()
+        optimizer.step()
+        for parameter in written.block.deq.f.W.parameters():
+            parameter.data.clamp_(min=0)
+        assert loss == expected.item()
+        assert right == (logits.argmax(1) == y).sum().item()
+    assert same(network.state_dict(), written.state_dict())
+    assert (network.block.deq.f.W.weight_v == 0).any()  # the projection had something to do
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_figures_of_an_epoch_are_means_over_images_and_over_steps(monkeypatch, digits, world):
+    digits["train"] = 150  # 64, 64 and 22
+    images, _, _ = data.load("mnist", sample=True)
+    network = build_network("linear_pcdeq_1", "tanh")
+    trainer = Trainer(network, images, config_of("unused"))
+    steps, plain = [], trainer.step
+
+    def noted(x, y, share):
+        loss, right = plain(x, y, share)
+        deq = network.block.deq
+        steps.append((loss, right, len(y), deq.iter_forward, deq.iter_backward, share))
+        return loss, right
+
+    monkeypatch.setattr(trainer, "step", noted)
+    row = trainer.epoch(1, disable=True)
+    losses, rights, sizes, forward, backward, shares = zip(*steps, strict=True)
+    assert sizes == (64, 64, 22) and set(shares) == {1.0}
+    mean = sum(loss * n for loss, n in zip(losses, sizes, strict=True)) / 150
+    assert row["train_loss"] == pytest.approx(mean, rel=1e-12)
+    assert row["train_acc"] == 100 * sum(rights) / 150
+    assert row["forward_iters"] == sum(forward) / 3
+    assert row["backward_iters"] == sum(backward) / 3
+    assert row["unconverged"] == 0
+
+
+def test_an_epoch_sees_every_image_once_in_an_order_of_its_own(monkeypatch):
+    images, _, _ = data.load("mnist", sample=True)
+    trainer = Trainer(build_network("linear_pcdeq_1", "tanh"), images, config_of("unused"))
+    monkeypatch.setattr(trainer, "step", lambda x, y, share: (0.0, 0))
+    orders, crops = [], []
+
+    def batch(indices, generator):
+        orders[-1] += indices.tolist()
+        crops[-1].append(torch.rand(1, generator=generator).item())
+        return torch.zeros(len(indices), 1, 28, 28), torch.zeros(len(indices), dtype=torch.long)
+
+    monkeypatch.setattr(images, "batch", batch)
+    for deq in (block.deq for block in trainer.network.blocks):
+        deq.forward_solve = deq.backward_solve = type(
+            "Solve", (), {"iterations": 1, "converged": 1}
+        )
+    for seed, epoch in ((0, 1), (0, 2), (1, 1), (0, 1)):
+        orders.append([])
+        crops.append([])
+        trainer.config.seed = seed
+        trainer.epoch(epoch, disable=True)
+    assert all(sorted(order) == list(range(640)) for order in orders)
+    assert orders[3] == orders[0] and crops[3] == crops[0]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert len({tuple(draws) for draws in crops}) == 3
+
+
+# A run
+
+
+def test_a_run_leaves_its_folder(tmp_path, capsys):
+    config = config_of(tmp_path / "run", epochs=3)
+    result = train(config)
+    out = capsys.readouterr().out.splitlines()
+    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == runs.COLUMNS
+    assert [float(row["lr"]) for row in rows] == [5e-4, 5e-4, 5e-5]
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
+    assert float(rows[2]["train_loss"]) < float(rows[0]["train_loss"])
+    assert all(5 < float(row["test_acc"]) < 100 and float(row["seconds"]) > 0 for row in rows)
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["parameters"] == 70410 and written["data"] == "sample"
+    assert written["versions"]["torch"] == torch.__version__
+    assert written["threads"] == torch.get_num_threads() and written["processes"] == 1
+    best = max(result.rows, key=lambda row: row["test_acc"])
+    assert out[-1] == (
+        f"best {best['test_acc']:.2f} % (epoch {best['epoch']}), "
+        f"last {result.rows[-1]['test_acc']:.2f} %: {config.folder}"
+    )
+    assert "70,410 parameters" in out[0] and "640 training and 250 test images" in out[1]
+    assert len(out) == 2 + 1 + 3 + 1  # the network, the header, the epochs, the end
+    torch.manual_seed(0)
+    last = torch.load(config.folder / "last.pth", weights_only=True)
+    assert last["network"] == "linear_pcdeq_1" and last["classes"] == 10
+    assert min(last["model"][f"block.deq.f.W.weight_{part}"].min() for part in "gv") >= 0
+
+
+def test_the_first_parameters_are_those_of_the_seed(tmp_path, monkeypatch):
+    seen = {}
+
+    def note(trainer, *arguments):
+        seen.update({k: v.clone() for k, v in trainer.network.state_dict().items()})
+        raise RunError("enough")
+
+    monkeypatch.setattr(training, "_train_and_test", note)
+    with pytest.raises(RunError, match="enough"):
+        train(config_of(tmp_path, seed=11))
+    torch.manual_seed(11)
+    assert same(seen, build_network("linear_pcdeq_1", "tanh").state_dict())
+
+
+def test_one_seed_one_result(tmp_path):
+    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+        train(config_of(tmp_path / name, seed=seed, epochs=2))
+    one, again, other = (weights(tmp_path / n / "last.pth") for n in ("one", "again", "other"))
+    assert same(one, again) and not same(one, other)
+    assert metrics(tmp_path / "one") == metrics(tmp_path / "again") != metrics(tmp_path / "other")
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, capsys):
+    train(config_of(tmp_path / "whole"))
+    for epochs in (1, 3, 4):  # across the milestone; raising -epochs is allowed
+        train(config_of(tmp_path / "parts", epochs=epochs, resume=True))
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    for name in ("last.pth", "best.pth"):
+        assert same(weights(tmp_path / "parts" / name), weights(tmp_path / "whole" / name))
+    last = [
+        torch.load(tmp_path / run / "last.pth", weights_only=True) for run in ("parts", "whole")
+    ]
+    moments = [checkpoint["training"]["optimizer"]["state"] for checkpoint in last]
+    assert all(same(moments[0][index], moments[1][index]) for index in moments[1])
+    capsys.readouterr()
+
+
+def test_a_finished_run_says_so_and_reads_nothing(tmp_path, monkeypatch, capsys):
+    train(config_of(tmp_path, epochs=1))
+    before = (tmp_path / "last.pth").read_bytes()
+    capsys.readouterr()
+    monkeypatch.setattr(data, "load", None)
+    result = train(config_of(tmp_path, epochs=1, resume=True))
+    assert capsys.readouterr().out.startswith("finished already, after 1 epochs: best ")
+    assert len(result.rows) == 1 and (tmp_path / "last.pth").read_bytes() == before
+
+
+def test_a_lost_best_checkpoint_is_said(tmp_path, monkeypatch, capsys):
+    accuracies = iter([90.0, 80.0, 85.0, 95.0])
+    plain = training.evaluate
+    monkeypatch.setattr(
+        training, "evaluate", lambda *a, **k: replace(plain(*a, **k), accuracy=next(accuracies))
+    )
+    train(config_of(tmp_path, epochs=2))
+    (tmp_path / "best.pth").unlink()
+    train(config_of(tmp_path, epochs=3, resume=True))
+    assert "best.pth is gone" in capsys.readouterr().out
+    assert not (tmp_path / "best.pth").exists()
+    train(config_of(tmp_path, epochs=4, resume=True))
+    assert same(weights(tmp_path / "best.pth"), weights(tmp_path / "last.pth"))
+
+
+def test_a_checkpoint_of_another_class_count_is_refused(tmp_path, monkeypatch):
+    train(config_of(tmp_path, epochs=1))
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda *a, **k: (*load(*a, **k)[:2], 12))
+    with pytest.raises(CheckpointError, match=r"last\.pth: its classes is 10, not 12"):
+        train(config_of(tmp_path, resume=True))
+
+
+def test_an_optimizer_of_another_make_is_refused(tmp_path):
+    train(config_of(tmp_path, epochs=1))
+    for foreign in (
+        {"state": {}, "param_groups": []},
+        {"mine": 1},
+        {"state": 3, "param_groups": 4},
+    ):
+        checkpoint = torch.load(tmp_path / "last.pth", weights_only=True)
+        checkpoint["training"]["optimizer"] = foreign
+        torch.save(checkpoint, tmp_path / "last.pth")
+        with pytest.raises(CheckpointError, match=r"last\.pth does not fit this run"):
+            train(config_of(tmp_path, resume=True))
+
+
+# What stops a run
+
+
+@pytest.mark.parametrize(
+    ("where", "sentence"),
+    [
+        ("linear1", "epoch 2, step 3: the forward solve of block is not finite"),
+        ("classifier", "epoch 2, step 3: the loss is (nan|inf), though every forward solve"),
+        ("backward", "epoch 2, step 3: the backward solve of block is not finite"),
+    ],
+)
+def test_what_is_not_finite_stops_the_run_and_keeps_the_last_good_weights(
+    tmp_path, monkeypatch, where, sentence
+):
+    train(config_of(tmp_path / "good", epochs=1))
+    plain, count = Trainer.step, iter(range(1, 100))
+
+    def poisoned(trainer, x, y, share):
+        if next(count) == 13:  # ten steps an epoch
+            if where == "backward":
+                handle = trainer.network.block.register_forward_hook(
+                    lambda block, args, z: z.register_hook(lambda g: g * math.inf) and None
+                )
+                assert handle
+            else:
+                torch.nn.init.constant_(trainer.network.get_submodule(where).bias, math.inf)
+                trainer.network.get_submodule(where).bias.data[0] = math.nan
+        return plain(trainer, x, y, share)
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    with pytest.raises(RunError, match=sentence + ".*; .*run up to epoch 1$"):
+        train(config_of(tmp_path / "run"))
+    for name in ("last.pth", "best.pth"):
+        assert same(weights(tmp_path / "run" / name), weights(tmp_path / "good" / name))
+    assert len(metrics(tmp_path / "run")) == 1
+
+
+def test_a_step_that_is_not_finite_is_not_taken():
+    images, _, _ = data.load("mnist", sample=True)
+    network = build_network("linear_pcdeq_1", "tanh")
+    trainer = Trainer(network, images, config_of("unused"))
+    x, y = images.batch(slice(0, 64))
+    before = {name: value.clone() for name, value in network.named_parameters()}
+    with pytest.raises(FloatingPointError):
+        trainer.step(x * math.nan, y)
+    assert same(before, dict(network.named_parameters()))
+
+
+def test_an_epoch_that_ends_in_a_poisoned_step_is_not_kept(tmp_path, monkeypatch):
+    """The last step's gradient can overflow while its loss was finite: the test pass tells."""
+    plain = training.evaluate
+    monkeypatch.setattr(
+        training, "evaluate", lambda *a, **k: replace(plain(*a, **k), loss=math.nan)
+    )
+    with pytest.raises(RunError, match="epoch 1: the loss on the test set is nan; no epoch"):
+        train(config_of(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
+
+
+def test_unconverged_solves_are_counted_and_warned_of_once_an_epoch(tmp_path, capsys):
+    result = train(config_of(tmp_path, epochs=2, max_iter=1))
+    assert [row["unconverged"] for row in result.rows] == [20, 20]  # ten steps, both directions
+    out = capsys.readouterr().out
+    assert out.count("warning: ") == 2
+    assert "warning: 20 solves of epoch 2 did not reach the tolerance in 1 iterations" in out
+
+
+def test_a_last_batch_of_one_image_is_left_out_and_said_once(tmp_path, digits, capsys):
+    digits["train"] = 129
+    train(config_of(tmp_path, epochs=2))
+    assert capsys.readouterr().out.count("the last batch of each epoch, of 1, is left out") == 1
+    rows = metrics(tmp_path)
+    assert (float(rows[0]["train_acc"]) * 128 / 100).is_integer()
+
+
+@pytest.mark.parametrize(("batch_size", "size"), [(1, 640), (64, 1)])
+def test_batches_that_are_always_too_small_are_refused(tmp_path, digits, batch_size, size):
+    digits["train"] = size
+    with pytest.raises(RunError, match=r"batches of 1 are too small for 1 process"):
+        train(config_of(tmp_path, batch_size=batch_size))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("during", ["step", "test"])
+def test_a_signal_ends_the_run_between_two_steps(tmp_path, monkeypatch, number, during):
+    train(config_of(tmp_path / "good", epochs=1))
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    owner, name = (Trainer, "step") if during == "step" else (training, "evaluate")
+    plain, calls = getattr(owner, name), []
+
+    def raising(*arguments, **options):
+        calls.append(name)
+        if len(calls) == (15 if during == "step" else 2):
+            signal.raise_signal(number)
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, raising)
+    with pytest.raises(Interrupted, match=r"run up to epoch 1, --resume goes on$") as stop:
+        train(config_of(tmp_path / "run"))
+    assert stop.value.status == 128 + number
+    assert len(calls) == (15 if during == "step" else 2)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert same(weights(tmp_path / "run" / "last.pth"), weights(tmp_path / "good" / "last.pth"))
+
+
+def test_memory_does_not_grow_with_the_steps():
+    import gc
+
+    images, _, _ = data.load("mnist", sample=True)
+    trainer = Trainer(build_network("linear_pcdeq_1", "tanh"), images, config_of("unused"))
+    gc.collect()
+    gc.disable()  # what only the collector frees counts as growth
+    try:
+        counts = []
+        for epoch in (1, 2, 3):
+            trainer.epoch(epoch, disable=True)
+            counts.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert counts[2] <= counts[1]
