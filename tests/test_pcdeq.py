@@ -29,6 +29,8 @@ print([m for m in sys.modules if m.startswith("pcdeq.experiments")])
 def test_star_gives_what_all_says():
     names = fresh("from pcdeq import *\nprint(*(n for n in dir() if not n.startswith('_')))")
     assert names.split() == sorted(pcdeq.__all__)
+    users = "NETWORKS PcDEQConv2d PcDEQLinear build_network load_network load_weights project"
+    assert set(users.split()) <= set(names.split())
 
 
 def test_public_names_are_documented():
