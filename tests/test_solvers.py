@@ -175,6 +175,13 @@ def test_reading_residuals_late_changes_nothing(solver, tol, max_iter, monkeypat
         assert torch.equal(solve.z, results[0].z) and solve[1:] == results[0][1:]
 
 
+@every
+def test_an_empty_batch_is_solved_at_once(solver, monkeypatch):
+    monkeypatch.setitem(solvers.CHECK_EVERY, "cpu", 4)  # late reading mixes before it knows
+    solve = solver(lambda z: 0.5 * z, torch.ones(0, 3, 4, 4), tol=1e-4, max_iter=200)
+    assert solve.converged and solve.iterations == 1 and solve.z.shape == (0, 3, 4, 4)
+
+
 def test_reading_late_stops_at_the_first_that_meets_the_rule(monkeypatch):
     """Residuals that fall below the tolerance, rise again and fall again."""
     values = [8.0, 8.0001, 4.0, 4.0001, 2.0, 2.0001]
