@@ -237,6 +237,19 @@ def test_anderson_takes_the_plain_step_where_a_residual_did_not_fall():
     assert arguments == [None, 1.0, 3.0]
 
 
+def test_anderson_takes_the_plain_step_where_squares_underflow():
+    """‖r‖² falls from 3e-45 to 1e-45, the least float32; ‖Δr‖² is 0, and γ would be 0/0."""
+    values = iter([5e-23, 9e-23, 1e-22])
+    arguments = []
+
+    def f(z):
+        arguments.append(z)
+        return torch.full((1, 1), next(values))
+
+    anderson(f, None, tol=1e-30, max_iter=3)
+    assert torch.equal(arguments[2], torch.full((1, 1), 9e-23))
+
+
 def test_anderson_mixes_each_sample_on_its_own():
     f = slow(0.9, batch=5)
     f.b *= torch.tensor([[0.01], [0.3], [1.0], [3.0], [9.0]])
