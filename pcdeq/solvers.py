@@ -205,8 +205,8 @@ def _relative(change: float, size: float) -> float:
 
 def _sample_dots(a: Tensor, b: Tensor) -> Tensor:
     """⟨a, b⟩ of each sample, shape (B, 1, …)."""
-    # Channels last, in whose layout images are kept: the reshape is a view there.
-    rows = (t.movedim(1, -1).reshape(len(t), -1) for t in (a, b))
+    # Channels last, in whose layout images are kept: flattened, they are views.
+    rows = (t.movedim(1, -1).flatten(1) for t in (a, b))
     return torch.linalg.vecdot(*rows).view(-1, *(1 for _ in a.shape[1:]))
 
 
