@@ -5,6 +5,7 @@ arXiv 2402.04029. This floor of the package needs torch alone; ``pcdeq.experimen
 """
 
 from pcdeq.activations import ACTIVATIONS, Activation
+from pcdeq.certificates import Certificate, certify
 from pcdeq.implicit import (
     Equilibrium,
     PcDEQConv2d,
@@ -13,6 +14,7 @@ from pcdeq.implicit import (
     register_projection,
 )
 from pcdeq.networks import NETWORKS, Network, build_network
+from pcdeq.robustness import robust
 from pcdeq.solvers import SOLVERS
 from pcdeq.weights import CheckpointError, load_network, load_weights
 
@@ -23,14 +25,17 @@ __all__ = [
     "NETWORKS",
     "SOLVERS",
     "Activation",
+    "Certificate",
     "CheckpointError",
     "Equilibrium",
     "Network",
     "PcDEQConv2d",
     "PcDEQLinear",
     "build_network",
+    "certify",
     "load_network",
     "load_weights",
     "project",
     "register_projection",
+    "robust",
 ]

@@ -12,11 +12,11 @@ hook evaluates the layer again.
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pcdeq.activations import Activation, get_activation
+from pcdeq.injections import INJECTIONS
 from pcdeq.layers import ConcaveLayer, Nonnegative, NonnegativeConv2d, NonnegativeLinear
 from pcdeq.solvers import BF16_TOL, SOLVERS, Linearised, Solve, refine
 
@@ -124,11 +124,10 @@ class Equilibrium(nn.Module):
         z, self.forward_solve = self._solve(iteration, None, x.dtype, nonnegative=True)
         return z
 
-    @torch.no_grad()
-    def _solve_adjoint(self, z: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
+    def _solve_adjoint(self, z: Tensor, weight: Tensor, grad: Tensor | None) -> Tensor | None:
         """g = Jᵀg + ∂L/∂z*, from g = ∂L/∂z*; Jᵀg = Wᵀ(σ'∘g)."""
-        slope = self.f.activation.derivative(z)
-        transposed = self.f.W.transpose(weight)
+        if grad is None:  # as autograd says that L does not depend on z*
+            return None
         apply = self.f.W.apply
 
         def iteration(dtype: torch.dtype) -> Linearised:
@@ -138,9 +137,12 @@ class Equilibrium(nn.Module):
                 lambda _: lambda v, r: apply(d * v, Wt, r),
             )
 
-        with _no_autocast(z):
+        with torch.no_grad(), _no_autocast(z):
+            slope = self.f.activation.derivative(z)
+            transposed = self.f.W.transpose(weight)
             g, self.backward_solve = self._solve(iteration, grad, z.dtype, nonnegative=False)
-        return g
+        # Under create_graph=True this makes a second differentiation an error, not silently wrong.
+        return g.requires_grad_(torch.is_grad_enabled())
 
     def _solve(self, iteration, start, dtype: torch.dtype, *, nonnegative: bool):
         """One solve in the precision asked for: the solution in ``dtype``, and its figures."""
@@ -207,14 +209,7 @@ class PcDEQ(nn.Module):
 
     def inject(self, h: Tensor) -> Tensor:
         """x > 0 (pcDEQ-1) or x ≥ 0 (pcDEQ-2), shape and dtype of h."""
-        if self.activation.variant == 2:
-            return F.relu(h)
-        x = F.softplus(h, beta=5)
-        with torch.no_grad():
-            # float32's softplus is 0 below −20.5. The smallest positive number changes no positive
-            # result and keeps x > 0, without which the fixed point need not be unique.
-            x.clamp_(min=smallest_positive(x.dtype, x.device.type))
-        return x
+        return INJECTIONS[self.activation.variant](h)
 
     def forward(self, h: Tensor) -> Tensor:
         """z* of the shape of h, in the parameters' dtype."""
@@ -265,14 +260,6 @@ def register_projection(
 ) -> torch.utils.hooks.RemovableHandle:
     """Makes ``project(model)`` follow every ``optimizer.step()``; returns the removable handle."""
     return optimizer.register_step_post_hook(lambda *_: project(model))
-
-
-@functools.cache
-def smallest_positive(dtype: torch.dtype, device_type: str) -> float:
-    """The least positive number of ``dtype`` that arithmetic on the device does not flush to 0."""
-    info = torch.finfo(dtype)
-    subnormal = torch.full((1,), info.smallest_normal * info.eps, dtype=dtype, device=device_type)
-    return subnormal.item() if (subnormal * 1).item() > 0 else info.tiny
 
 
 def _no_autocast(t: Tensor) -> torch.autocast:

@@ -14,6 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from pcdeq.activations import Activation
 
@@ -36,9 +37,7 @@ class Nonnegative(nn.Module):
 
     def weight(self) -> Tensor:
         """W = g·v/‖v‖, shape of v, recorded by autograd. A row with v = 0 is a row W = 0."""
-        norms = _row_norms(self.weight_v)
-        # 0/0 is NaN in plain weight normalisation: divide an all-zero row by 1 instead.
-        return self.weight_v * (self.weight_g / (norms + (norms == 0)))
+        return _WeightNorm.apply(self.weight_v, self.weight_g)
 
     @torch.no_grad()
     def clamp(self) -> None:
@@ -121,6 +120,30 @@ class ConcaveLayer(nn.Module):
         if z is None:
             return self.activation.function(x)
         return self.activation.function_(self.W.apply(z, weight, x))
+
+
+class _WeightNorm(torch.autograd.Function):
+    """W = g·v/‖v‖ by rows, with its gradient (Salimans and Kingma, 2016, equation 3).
+
+    Plain weight normalisation gives NaN for a row v = 0, which a projection can produce: here such
+    a row gives W = 0 and no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, v: Tensor, g: Tensor) -> Tensor:
+        inverse = _row_norms(v).reciprocal_()
+        inverse.masked_fill_(inverse.isinf(), 0)
+        ctx.save_for_backward(v, g, inverse)
+        return v * (g * inverse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dW: Tensor) -> tuple[Tensor, Tensor]:
+        v, g, inverse = ctx.saved_tensors
+        u = v * inverse  # rows of length 1
+        dg = (dW * u).sum(tuple(range(1, v.ndim)), keepdim=True)  # ⟨dW, u⟩
+        dv = torch.addcmul(dW, dg, u, value=-1).mul_(g * inverse)  # g/‖v‖·(dW − ⟨dW, u⟩u)
+        return dv, dg
 
 
 def _row_norms(v: Tensor) -> Tensor:

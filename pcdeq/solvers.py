@@ -58,7 +58,7 @@ def picard(
         max_iter: largest number of evaluations; where it is reached, ``converged`` is false.
         nonnegative: for Anderson; a plain step stays where f maps to.
     """
-    return _iterate(f, z, lambda z, fz: fz, tol, max_iter)
+    return _iterate(f, z, lambda fz, r: fz, tol, max_iter)
 
 
 def anderson(
@@ -66,8 +66,9 @@ def anderson(
 ) -> Solve:
     """Anderson acceleration of depth one: a secant step along the last two evaluations.
 
-    With r = f(z) − z and its change Δr, each sample takes z ← f(z) − γ·Δf(z), γ = ⟨r, Δr⟩/‖Δr‖²,
-    which minimises ‖r − γΔr‖. A sample whose residual did not fall takes the plain step (γ = 0).
+    With r = f(z) − z and the changes Δr and Δf since the evaluation before, each sample takes
+    z ← f(z) − γ·Δf, γ = ⟨Δr, r⟩/‖Δr‖², which minimises ‖r − γΔr‖. A sample whose ‖r‖ did not fall
+    takes the plain step.
 
     Args:
         f: as for ``picard``.
@@ -78,18 +79,14 @@ def anderson(
     """
     f_before = r_before = size_before = None
 
-    def mix(z: Tensor | None, fz: Tensor) -> Tensor:
+    def mix(fz: Tensor, r: Tensor) -> Tensor:
         nonlocal f_before, r_before, size_before
-        r = fz if z is None else fz - z
-        size = _sample_norms(r)  # (B, 1, …), float32 or float64
-        mixed = fz
+        size, mixed = _sample_dots(r, r), fz
         if r_before is not None:
-            change = _sample_norms(r - r_before)
-            # ⟨r, Δr⟩ by polarisation, so that only norms are needed
-            gamma = (size.square() + change.square() - size_before.square()) / 2
-            gamma = gamma / change.square().clamp_(min=torch.finfo(change.dtype).tiny)
-            gamma = gamma.where(size < size_before, 0).to(fz.dtype)
-            mixed = torch.lerp(fz, f_before, gamma)
+            dr = r - r_before
+            gamma = _sample_dots(dr, r) / _sample_dots(dr, dr)
+            gamma = gamma.where((size < size_before) & gamma.isfinite(), 0)
+            mixed = torch.lerp(fz, f_before, gamma)  # f(z) − γ·Δf
             if nonnegative:
                 mixed.clamp_(min=0)
         f_before, r_before, size_before = fz, r, size
@@ -124,8 +121,8 @@ def refine(
     Each round evaluates f once in full precision, which checks the rule and gives the residual
     r = f(z) − z; the Newton correction δ = Jδ + r is solved in the low precision to a few percent,
     and z + δ = f(z) + (δ − r) is the next z. The fixed point is unique, so any nonnegative z is a
-    safe place to go on from: where a correction did not lower the residual, the plain step f(z) is
-    taken instead.
+    safe place to go on from: a correction that did not lower the residual is dropped, and the plain
+    step f(z) taken in its place.
 
     Args:
         f: the map in full precision.
@@ -137,18 +134,27 @@ def refine(
         max_iter: largest number of evaluations, of either precision together.
         nonnegative: project corrected iterates onto the nonnegative orthant.
     """
+    if max_iter == 1:
+        return solver(f, z, tol=tol, max_iter=1, nonnegative=nonnegative)
     low_start = None if z is None else z.to(torch.bfloat16)
     rough = solver(low.f, low_start, tol=ROUGH_TOL, max_iter=max_iter - 1, nonnegative=nonnegative)
     z = rough.z.to(dtype)
     iterations, full, before = rough.iterations, 0, math.inf
+    plain = None  # the plain step, while a correction taken in its place is on trial
     while True:
         fz = f(z)
         iterations, full = iterations + 1, full + 1
         r = fz - z
-        residual = _relative(*_read([_norm(r), _norm(fz)]))
-        if not residual >= tol or iterations >= max_iter:
+        residual = _relative(*_read([torch.linalg.vector_norm(r), torch.linalg.vector_norm(fz)]))
+        if residual < tol or iterations >= max_iter:
             return Solve(fz, iterations, full, residual, residual < tol)
-        if residual < before and iterations + 1 < max_iter:
+        if plain is not None and not residual < before:  # NaN fails too
+            z, plain = plain, None
+            continue
+        if math.isnan(residual):
+            return Solve(fz, iterations, full, residual, False)
+        before = residual
+        if iterations + 1 < max_iter:
             r_low = r.to(torch.bfloat16)
             tangent = low.tangent(fz.to(torch.bfloat16))
             correction = solver(
@@ -159,57 +165,48 @@ def refine(
                 nonnegative=False,
             )
             iterations += correction.iterations
-            z = fz.add_(correction.z - r_low)
+            z, plain = fz + (correction.z - r_low), fz
             if nonnegative:
                 z.clamp_(min=0)
         else:
-            z = fz
-        before = residual
+            z, plain = fz, None
 
 
 ROUGH_TOL = BF16_TOL  # of the first low-precision solve
 CORRECTION_TOL = 0.02  # of a correction: it is small already, a few percent of it are enough
 
 
-def _iterate(
-    f: Map, z: Tensor | None, mix: Callable[[Tensor, Tensor], Tensor], tol: float, max_iter: int
-) -> Solve:
-    """Iterates z ← mix(z, f(z)) until f(z) meets the rule; reads residuals a few at a time."""
+def _iterate(f: Map, z: Tensor | None, mix: Callable, tol: float, max_iter: int) -> Solve:
+    """Iterates z ← mix(f(z), f(z) − z) until f(z) meets the rule; reads residuals a few at once."""
     iterations = 0
     while True:
         pending, norms = [], []
         for _ in range(max_iter - iterations):
             fz = f(z)
-            size = _norm(fz)
-            norms += [size if z is None else _norm(fz - z), size]
+            r = fz if z is None else fz - z
+            norms += [torch.linalg.vector_norm(r), torch.linalg.vector_norm(fz)]
             pending.append(fz)
             if len(pending) == CHECK_EVERY.get(fz.device.type, 1):
                 break
-            z = mix(z, fz)
+            z = mix(fz, r)
         sizes = _read(norms)
         for fz, change, size in zip(pending, sizes[::2], sizes[1::2], strict=True):
             iterations += 1
             residual = _relative(change, size)
             if not residual >= tol or iterations == max_iter:  # NaN ends a solve too
                 return Solve(fz, iterations, iterations, residual, residual < tol)
-        z = mix(z, pending[-1])
+        z = mix(fz, r)
 
 
 def _relative(change: float, size: float) -> float:
     return change / (size + EPSILON)
 
 
-def _norm(t: Tensor) -> Tensor:
-    """‖t‖₂ over the whole tensor, accumulated in float32 at least; 0-dimensional."""
-    return torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
-
-
-def _sample_norms(t: Tensor) -> Tensor:
-    """‖·‖₂ of each sample, shape (B, 1, …), accumulated in float32 at least."""
-    axes = tuple(range(1, t.ndim))
-    return torch.linalg.vector_norm(
-        t, dim=axes, keepdim=True, dtype=torch.promote_types(t.dtype, torch.float32)
-    )
+def _sample_dots(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ of each sample, shape (B, 1, …)."""
+    # Channels last, in whose layout images are kept: the reshape is a view there.
+    rows = (t.movedim(1, -1).reshape(len(t), -1) for t in (a, b))
+    return torch.linalg.vecdot(*rows).view(-1, *(1 for _ in a.shape[1:]))
 
 
 def _read(scalars: list[Tensor]) -> list[float]:

@@ -7,19 +7,27 @@ with one sentence and status 1 (``guarded``). A parsed command line is a ``RunCo
 
 import argparse
 import contextlib
-import math
 import os
-import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from pcdeq.experiments.flags import (
+    Help,
+    add_data,
+    add_solver,
+    count,
+    device,
+    from_zero,
+    rate,
+    seed,
+)
 from pcdeq.experiments.recipes import DEFAULTS, ROWS, default_activation
 from pcdeq.experiments.runs import Interrupted, RunConfig, RunError, check_folder
-from pcdeq.implicit import PRECISIONS
 from pcdeq.networks import check_network
-from pcdeq.solvers import SOLVERS
 from pcdeq.weights import CheckpointError
 
 EPILOG = """\
@@ -80,7 +88,8 @@ def guarded(function: Callable[[], object]) -> int:
     for stream in (sys.stdout, sys.stderr):  # a path may hold what the terminal cannot show
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")
-    status, sentence = _outcome(function)
+    with _sigterm_exits():
+        status, sentence = _outcome(function)
     if sentence:
         with contextlib.suppress(OSError):
             print(sentence, file=sys.stderr)
@@ -92,10 +101,23 @@ def guarded(function: Callable[[], object]) -> int:
     return status
 
 
+@contextlib.contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """SIGTERM while imports or data are loaded exits as it does later, in the training loop."""
+    if threading.current_thread() is not threading.main_thread():  # Python takes no signals there
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _outcome(function: Callable[[], object]) -> tuple[int, str]:
     try:
         function()
-    except SystemExit as stop:  # argparse has said all
+    except SystemExit as stop:  # argparse has said all; so has SIGTERM
         return int(stop.code or 0), ""
     except KeyboardInterrupt:
         return 130, "stopped by SIGINT"
@@ -134,7 +156,7 @@ def _parser(dataset: str, augmentation: bool) -> argparse.ArgumentParser:
         usage=f"{prog} -net NET [options]",
         description="Trains a positive concave deep equilibrium network (pcDEQ, ICML 2024).",
         epilog=EPILOG.format(prog=prog, first=nets[0], last=nets[-1]),
-        formatter_class=_Help,
+        formatter_class=Help,
         allow_abbrev=False,
         add_help=False,
     )
@@ -145,33 +167,27 @@ def _parser(dataset: str, augmentation: bool) -> argparse.ArgumentParser:
            help=f"required: {', '.join(nets)}")
     recipe("-activ", "--activation", dest="activation", metavar="NAME",
            help="pcDEQ-1: tanh (default), softsign, relu6; pcDEQ-2: sigmoid (default)")
-    recipe("-lr", "--learning-rate", dest="lr", metavar="X", type=_rate,
+    recipe("-lr", "--learning-rate", dest="lr", metavar="X", type=rate,
            help="AdamW's learning rate (default: %(default)s)")
-    recipe("-epochs", "--epochs", metavar="N", type=_count,
+    recipe("-epochs", "--epochs", metavar="N", type=count,
            help="passes over the training set (default: %(default)s)")
-    recipe("-wd", "--weight-decay", metavar="X", type=_rate,
+    recipe("-wd", "--weight-decay", metavar="X", type=rate,
            help="AdamW's weight decay (default: %(default)s)")
-    recipe("-b", "--batch-size", metavar="N", type=_count,
+    recipe("-b", "--batch-size", metavar="N", type=count,
            help="images in a step (default: %(default)s)")
-    recipe("-m", "--milestone", metavar="N", type=_from_zero,
+    recipe("-m", "--milestone", metavar="N", type=from_zero,
            help="last epoch at the learning rate; a tenth of it from then on "
                 "(default: %(default)s)")
     if augmentation:
         recipe("--aug", dest="augment", action="store_true",
                help="random crops and flips, and the wider network (multi_conv only)")
-    recipe("--seed", metavar="N", type=_seed, default=0,
+    recipe("--seed", metavar="N", type=seed, default=0,
            help="of weights, order and crops (default: %(default)s)")
 
-    data = parser.add_argument_group("data")
-    data.add_argument("--data-root", metavar="DIR", default="data",
-                      help="where the set is, or is downloaded to (default: data)")
-    source = data.add_mutually_exclusive_group().add_argument
-    source("--sample", action="store_true", help="5,000 MNIST digits that are here, instead")
-    source("--image-folder", metavar="DIR",
-           help="DIR/train/<class>/* and DIR/test/<class>/*, instead")
+    add_data(parser)
 
     run = parser.add_argument_group("run")
-    run.add_argument("--device", metavar="NAME", type=_device,
+    run.add_argument("--device", metavar="NAME", type=device,
                      help="cpu, cuda, cuda:N, mps (default: cuda, else cpu)")
     run.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/NAME_OF_RUN)")
     again = run.add_mutually_exclusive_group().add_argument
@@ -181,53 +197,6 @@ def _parser(dataset: str, augmentation: bool) -> argparse.ArgumentParser:
                      help="at the end, certificates of the test set's equilibria")
     run.add_argument("-h", "--help", action="help", help="show this and exit")
 
-    solver = parser.add_argument_group("solver").add_argument
-    solver("--solver", metavar="NAME", choices=SOLVERS, default="picard",
-           help=f"{', '.join(SOLVERS)} (default: %(default)s)")
-    solver("--precision", metavar="NAME", choices=PRECISIONS, default="fp32",
-           help=f"of the solves: {', '.join(PRECISIONS)} (default: %(default)s)")
-    solver("--tol", metavar="X", type=_positive, default=1e-4,
-           help="relative step that ends a solve (default: %(default)s)")
-    solver("--max-iter", metavar="N", type=_count, default=200,
-           help="iterations that end it anyway (default: %(default)s)")
+    add_solver(parser)
     return parser
 # fmt: on
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Every flag and what it does on one line."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=29)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        value = f" {action.metavar}" if action.metavar else ""
-        return ", ".join(action.option_strings) + value  # `-b, --batch-size N`, N once
-
-
-def _number(kind: type, accepts: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if accepts(value := kind(text)):
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-
-    return convert
-
-
-_count = _number(int, lambda n: 0 < n < 2**31, "a whole number from 1 on")
-_from_zero = _number(int, lambda n: 0 <= n < 2**31, "a whole number from 0 on")
-_seed = _number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 4294967295")
-_rate = _number(float, lambda x: 0 <= x < math.inf, "a finite number from 0 on")
-_positive = _number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
-
-
-def _device(name: str) -> str:
-    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]{1,3})?", name):
-        raise argparse.ArgumentTypeError(f"{name!r} is not one of cpu, cuda, cuda:N, mps")
-    index = int(name.partition(":")[2] or 0)
-    if (name == "mps" and not torch.backends.mps.is_available()) or (
-        name.startswith("cuda") and index >= torch.cuda.device_count()
-    ):
-        raise argparse.ArgumentTypeError(f"{name} is not available on this machine")
-    return name

@@ -315,7 +315,7 @@ def _restore(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def _certify(run: Run, network: Network, test_set: ImageSet, say: Callable[[str], None]) -> None:
-    from pcdeq.experiments.evaluation import certify_set, format_certificates
+    from pcdeq.experiments.certifying import certify_set, format_certificates
 
     certificates = certify_set(network, test_set)
     run.write_json(CERTIFICATES, certificates)

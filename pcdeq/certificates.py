@@ -1,0 +1,261 @@
+"""What the theory promises, for these weights and these inputs: one certificate for each block.
+
+For a block z* = σ(Wz* + x) a certificate holds
+
+- an enclosure l ≤ z* ≤ u (``pcdeq.enclosures``);
+- bounds on the spectral radius ρ of J = diag(σ'(Wz + x))·W, the rate at which the iterations of
+  the forward and of the adjoint equation converge (``pcdeq.rates``);
+- an upper bound on the number of plain iterations (there too).
+
+Existence, uniqueness and convergence are the theorems of Gabor, Piotrowski, Cavalcante (ICML 2024).
+The bounds hold with rounding; what each rests on stands where it is computed.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pcdeq.enclosures import SMALLEST, Operator, enclose, full_float32
+from pcdeq.implicit import PcDEQ
+from pcdeq.rates import RATE_STEPS, largest, predicted_iterations, rate_bounds
+from pcdeq.solvers import EPSILON
+
+
+@dataclass
+class Certificate:
+    """What is proved of one block for one batch of B inputs.
+
+    Tensors are float64. z* is in units of σ's values; rates and ratios have none.
+
+    Attributes:
+        name: of the block in the model.
+        smallest_weight: min W, as the layer computes it.
+        smallest_injected: min x, as the layer sees it, in the layer's own dtype.
+        condition: the variant's condition: W ≥ 0, and x > 0 (σ(0) = 0) or x ≥ 0 (σ(0) > 0), all
+            of it finite. Without it nothing below is proved for the samples concerned: their
+            enclosure is the trivial one, [−M, M], which holds every fixed point.
+        lower: l ≤ z*, shape of x; also f(l) ≥ l.
+        upper: u ≥ z*, shape of x; also f(u) ≤ u.
+        width: max over components of u − l, shape (B,).
+        error: bound on ‖ẑ − z*‖∞ for the network's own output ẑ, shape (B,): the largest of
+            |ẑ − l| and |u − ẑ|. The stopping rule, over the whole batch, bounds no sample's error.
+        rate_lower: ρ(J) ≥ this at z* and at ẑ, shape (B,).
+        rate_upper: ρ(J) ≤ this at z* and at ẑ, shape (B,). Below 1, the implicit gradient's linear
+            system, whose J is taken at ẑ, is solvable and its iteration converges.
+        iterations: evaluations of f that the enclosure took, float32 and float64 together.
+        predicted: at most so many evaluations does the plain iteration from 0 need to meet the
+            block's tolerance on this sample alone, shape (B,); for the batch, the largest one.
+        observed: evaluations of the block's own solve of this batch (which counts bfloat16 ones
+            too, and may be another method than the plain iteration).
+        holds: the condition holds and every rate_upper is below 1.
+        reason: a sentence: why it holds, or what is wrong, where, and how often.
+    """
+
+    name: str
+    smallest_weight: float
+    smallest_injected: float
+    condition: bool
+    lower: Tensor
+    upper: Tensor
+    width: Tensor
+    error: Tensor
+    rate_lower: Tensor
+    rate_upper: Tensor
+    iterations: int
+    predicted: Tensor
+    observed: int
+    holds: bool
+    reason: str
+
+
+def certify(model: nn.Module, x: Tensor, rate_steps: int = RATE_STEPS) -> list[Certificate]:
+    """Certificates of all pcDEQ blocks of a model for one batch, in the order of the pass.
+
+    Args:
+        model: any module with pcDEQ blocks; it runs once, in evaluation mode, which is restored.
+        x: a batch of the model's inputs.
+        rate_steps: power steps for the bounds on the rate; more bring them closer together.
+
+    Returns:
+        One certificate for each block.
+    """
+    with torch.no_grad(), full_float32():
+        return [
+            _certify_block(name, block, x, z, rate_steps) for name, block, x, z in _visits(model, x)
+        ]
+
+
+def _visits(model: nn.Module, inputs: Tensor) -> list[tuple[str, PcDEQ, Tensor, Tensor]]:
+    """Name, block, injected x and output ẑ of every block, from one pass in evaluation mode."""
+    visits: list[tuple[str, PcDEQ, Tensor, Tensor]] = []
+    hooks = [
+        block.deq.register_forward_hook(
+            lambda _, args, z, name=name, block=block: visits.append((name, block, args[0], z))
+        )
+        for name, block in model.named_modules()
+        if isinstance(block, PcDEQ)
+    ]
+    try:
+        with evaluating(model):
+            model(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return visits
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards each module is in the mode in which it was."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _certify_block(name: str, block: PcDEQ, x: Tensor, z: Tensor, rate_steps: int) -> Certificate:
+    operator = Operator(block.deq.f)
+    x, z = x.to(operator.device), z.to(operator.device)
+    sound, violations = _violations(operator, x, z)
+    bound = operator.sigma.supremum
+    lower = torch.full_like(x, -bound, dtype=torch.float64)
+    upper = torch.full_like(x, bound, dtype=torch.float64)
+    rate_lower = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    rate_upper = torch.full_like(rate_lower, math.inf)
+    predicted = torch.full_like(rate_lower, math.inf)
+    iterations = 0
+    if sound.any():
+        x_sound, z_sound = (x, z.double()) if sound.all() else (x[sound], z[sound].double())
+        enclosure = enclose(operator, x_sound)
+        lower[sound], upper[sound], iterations = enclosure[:3]
+        low = torch.minimum(enclosure.lower, z_sound)
+        high = torch.maximum(enclosure.upper, z_sound)
+        rate_lower[sound], rate_upper[sound] = rate_bounds(operator, x_sound, low, high, rate_steps)
+        predicted[sound] = predicted_iterations(
+            operator, enclosure.ladder, enclosure.upper, block.deq.tol
+        )
+    slow = int((sound & ~(rate_upper < 1)).sum())
+    if slow:
+        violations.append(
+            f"the rate is not bounded below 1 for {slow} of {len(x)} samples "
+            f"(largest bound {rate_upper[sound].max():.3g})"
+        )
+    positive = "x > 0" if operator.sigma.variant == 1 else "x ≥ 0"
+    return Certificate(
+        name=name,
+        smallest_weight=operator.weight.min().item(),
+        smallest_injected=x.min().item(),
+        condition=bool(sound.all()),
+        lower=lower,
+        upper=upper,
+        width=largest(upper - lower),
+        error=largest(torch.maximum((z - lower).abs(), (upper - z).abs())),
+        rate_lower=rate_lower,
+        rate_upper=rate_upper,
+        iterations=iterations,
+        predicted=predicted,
+        observed=block.deq.iter_forward,
+        holds=not violations,
+        reason="; ".join(violations) or f"W ≥ 0, {positive}, and every rate is below 1",
+    )
+
+
+def _violations(operator: Operator, x: Tensor, z: Tensor) -> tuple[Tensor, list[str]]:
+    """Samples for which the theory applies, shape (B,), and what keeps it from the others."""
+    weight, sound, found = operator.weight, torch.ones(len(x), dtype=torch.bool), []
+    strict = operator.sigma.variant == 1
+    outside = ("not positive", x <= 0) if strict else ("negative", x < 0)
+    for what, values, how, bad in (
+        ("weight", weight, "negative", weight < 0),
+        ("weight", weight, "not finite", ~weight.isfinite()),
+        ("injected value", x, *outside),
+        ("injected value", x, "too small for float64", (x > 0) & (x < SMALLEST) & strict),
+        ("injected value", x, "not finite", ~x.isfinite()),
+        ("output", z, "not finite", ~z.isfinite()),
+    ):
+        if bad.any():
+            first = tuple(bad.nonzero()[0].tolist())
+            found.append(
+                f"{int(bad.sum())} of {bad.numel()} {what}s {how}, "
+                f"the first at {first} ({values[first].item():.3g})"
+            )
+            sound &= False if values is weight else ~bad.flatten(1).any(1).cpu()
+    return sound.to(x.device), found
+
+
+@dataclass
+class History:
+    """How one block converges on a batch: the data of a picture.
+
+    Attributes:
+        name: of the block in the model.
+        forward: residuals of the stopping rule, evaluation by evaluation, of the plain iteration
+            from 0.
+        backward: the same for the adjoint equation g = Jᵀg + 1, from g = 1, J at the limit above.
+        width: max over the batch of u − l after 0, 1, 2, … directed steps from l = 0 and u = M.
+        rate: the largest ``rate_upper`` of the batch: a line of this slope lies above the tails.
+        tol: of the block's stopping rule.
+    """
+
+    name: str
+    forward: list[float]
+    backward: list[float]
+    width: list[float]
+    rate: float
+    tol: float
+
+
+@torch.no_grad()
+def history(model: nn.Module, x: Tensor, steps: int = 60) -> list[History]:
+    """Residuals and widths against the iteration, for each block, on one batch; for pictures.
+
+    Everything is iterated in float64, so that lines go on below float32's rounding.
+
+    Args:
+        model: as for ``certify``.
+        x: a batch of its inputs.
+        steps: evaluations to record.
+
+    Returns:
+        One ``History`` for each block, each list ``steps`` long (``width``: one more).
+    """
+    return [
+        _history(name, block, x, certificate.rate_upper.max().item(), steps)
+        for (name, block, x, _), certificate in zip(
+            _visits(model, x), certify(model, x), strict=True
+        )
+    ]
+
+
+def _history(name: str, block: PcDEQ, x: Tensor, rate: float, steps: int) -> History:
+    operator = Operator(block.deq.f)
+    x = x.to(operator.device, torch.float64)
+    low, high = torch.zeros_like(x), torch.full_like(x, operator.sigma.supremum)
+    forward, backward, width = [], [], [operator.sigma.supremum]
+    z = low
+    for _ in range(steps):
+        new = operator.sigma.function(operator.argument(z, x))
+        forward.append(_residual(new, z))
+        low = torch.maximum(low, operator.image(low, x, -1))
+        high = torch.minimum(high, operator.image(high, x, 1))
+        width.append((high - low).max().item())
+        z = new
+    transposed = block.deq.f.W.transpose(operator.weight)
+    slope = operator.slope(operator.argument(z, x), -1)
+    g = torch.ones_like(x)
+    for _ in range(steps):
+        new = block.deq.f.W.apply(slope * g, transposed) + 1
+        backward.append(_residual(new, g))
+        g = new
+    return History(name, forward, backward, width, rate, block.deq.tol)
+
+
+def _residual(new: Tensor, old: Tensor) -> float:
+    return ((new - old).norm() / (new.norm() + EPSILON)).item()

@@ -1,0 +1,78 @@
+"""Flags that several programs share, and what turns their texts into values."""
+
+import argparse
+import contextlib
+import math
+import re
+from collections.abc import Callable
+
+import torch
+
+from pcdeq.implicit import PRECISIONS
+from pcdeq.solvers import SOLVERS
+
+
+# fmt: off
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Where the images come from: the genuine set, the sample, or folders."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--data-root", metavar="DIR", default="data",
+                      help="where the set is, or is downloaded to (default: data)")
+    source = data.add_mutually_exclusive_group().add_argument
+    source("--sample", action="store_true", help="5,000 MNIST digits that are here, instead")
+    source("--image-folder", metavar="DIR",
+           help="DIR/train/<class>/* and DIR/test/<class>/*, instead")
+
+
+def add_solver(parser: argparse.ArgumentParser) -> None:
+    """The options of ``build_network``."""
+    solver = parser.add_argument_group("solver").add_argument
+    solver("--solver", metavar="NAME", choices=SOLVERS, default="picard",
+           help=f"{', '.join(SOLVERS)} (default: %(default)s)")
+    solver("--precision", metavar="NAME", choices=PRECISIONS, default="fp32",
+           help=f"of the solves: {', '.join(PRECISIONS)} (default: %(default)s)")
+    solver("--tol", metavar="X", type=positive, default=1e-4,
+           help="relative step that ends a solve (default: %(default)s)")
+    solver("--max-iter", metavar="N", type=count, default=200,
+           help="iterations that end it anyway (default: %(default)s)")
+# fmt: on
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Every flag and what it does on one line."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=29)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        value = f" {action.metavar}" if action.metavar else ""
+        return ", ".join(action.option_strings) + value  # `-b, --batch-size N`, N once
+
+
+def number(kind: type, accepts: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if accepts(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+
+    return convert
+
+
+count = number(int, lambda n: 0 < n < 2**31, "a whole number from 1 on")
+from_zero = number(int, lambda n: 0 <= n < 2**31, "a whole number from 0 on")
+seed = number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 4294967295")
+rate = number(float, lambda x: 0 <= x < math.inf, "a finite number from 0 on")
+positive = number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
+
+
+def device(name: str) -> str:
+    """A device that is there."""
+    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]{1,3})?", name):
+        raise argparse.ArgumentTypeError(f"{name!r} is not one of cpu, cuda, cuda:N, mps")
+    index = int(name.partition(":")[2] or 0)
+    if (name == "mps" and not torch.backends.mps.is_available()) or (
+        name.startswith("cuda") and index >= torch.cuda.device_count()
+    ):
+        raise argparse.ArgumentTypeError(f"{name} is not available on this machine")
+    return name

@@ -1,0 +1,139 @@
+"""What a checkpoint is worth: test figures, certificates, and accuracy that is proved."""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from tqdm import tqdm
+
+from pcdeq.activations import ACTIVATIONS
+from pcdeq.experiments.flags import Help, add_data, add_solver, count, device, positive
+from pcdeq.networks import DATASETS, NETWORKS, check_network
+from pcdeq.weights import load_network
+
+EPILOG = """\
+examples:
+  python evaluate.py runs/mnist_linear_pcdeq_1_tanh_sample_seed0/best.pth --sample --certify
+  python evaluate.py best.pth --certify --eps 0.002 0.005 0.01 --first 2000
+  python evaluate.py authors.pth -net linear_pcdeq_1 -activ tanh --dataset mnist
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Does what the command line says.
+
+    Args:
+        argv: arguments, those of the process when left out.
+
+    Raises:
+        SystemExit: usage, as argparse says it.
+        CheckpointError: also DataError, RunError; each with one sentence for the user.
+    """
+    flags = _parse(argv)
+    from pcdeq.experiments import certifying, data, machine  # late: they bring torchvision
+    from pcdeq.experiments.evaluation import evaluate
+    from pcdeq.experiments.runs import RunError
+
+    options = {name: getattr(flags, name) for name in ("solver", "precision", "tol", "max_iter")}
+    identity = (flags.net, flags.activation, flags.dataset, flags.augment)
+    model = load_network(flags.checkpoint, *identity, **options).to(flags.device)
+    source = {"root": flags.data_root, "sample": flags.sample, "image_folder": flags.image_folder}
+    _, images, classes = data.load(model.dataset, **source, device=flags.device)
+    if classes != model.classes:
+        raise RunError(
+            f"{flags.checkpoint} is for {model.classes} classes, but the images have {classes}"
+        )
+    if flags.first:
+        images = replace(
+            images, images=images.images[: flags.first], labels=images.labels[: flags.first]
+        )
+    where = machine.environment(torch.device(flags.device))
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"{model.name} ({model.activation}) for {model.dataset}, {size:,} parameters, "
+        f"on {where['device_name']}, {where['threads']} threads"
+    )
+    test = evaluate(model, images, flags.batch_size)
+    print(
+        f"{len(images):,} test images: accuracy {test.accuracy:.2f} %, loss {test.loss:.4f}; "
+        f"iterations {test.forward_iters:.1f} (mean), {test.forward_iters_max} (max); "
+        f"{test.images_per_second:,.0f} images/s"
+    )
+    if test.unconverged:
+        print(f"warning: {test.unconverged} solves did not reach the tolerance {flags.tol:g}")
+    if flags.certify:
+        _timed(
+            lambda tick: certifying.format_certificates(
+                certifying.certify_set(model, images, after_batch=tick)
+            )
+        )
+    if flags.eps:
+        _timed(
+            lambda tick: certifying.format_robustness(
+                certifying.robust_accuracy(model, images, flags.eps, after_batch=tick)
+            )
+        )
+
+
+def _timed(table: Callable[[Callable[[], object]], str]) -> None:
+    """Prints a table and what it took; a counter of batches runs meanwhile on a terminal."""
+    start = time.perf_counter()
+    with tqdm(unit="batch", leave=False, dynamic_ncols=True, disable=None) as progress:
+        text = table(progress.update)
+    print(f"\n{text}\n  ({time.perf_counter() - start:.1f} s)")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    flags = parser.parse_args(argv)
+    flags.device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if flags.net and flags.activation and flags.dataset:
+        try:
+            check_network(flags.net, flags.activation, flags.dataset, bool(flags.augment))
+        except ValueError as error:
+            parser.error(str(error))
+    return flags
+
+
+# fmt: off
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py",
+        usage="evaluate.py CHECKPOINT [options]",
+        description="Test figures of a trained network, and what can be proved of it.",
+        epilog=EPILOG,
+        formatter_class=Help,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pth, last.pth, or a plain "
+                        "state dict as the authors' code saves it")
+    proofs = parser.add_argument_group("proofs").add_argument
+    proofs("--certify", action="store_true",
+           help="a table per block: enclosure, rate, iterations, rounding included")
+    proofs("--eps", metavar="R", nargs="+", type=positive, default=[],
+           help="radii (pixels in [0, 1]): accuracy that is proved, and under attack")
+    proofs("--first", metavar="N", type=count, help="only the first N test images")
+
+    which = parser.add_argument_group("network (for a plain state dict, which does not say it)")
+    which = which.add_argument
+    which("-net", "--network", dest="net", metavar="NET", choices=NETWORKS,
+          help=", ".join(NETWORKS))
+    which("-activ", "--activation", dest="activation", metavar="NAME", choices=ACTIVATIONS,
+          help=", ".join(ACTIVATIONS))
+    which("--dataset", metavar="NAME", choices=DATASETS, help=", ".join(DATASETS))
+    which("--aug", dest="augment", action="store_const", const=True,
+          help="the wider network for augmented CIFAR-10")
+
+    add_data(parser)
+    run = parser.add_argument_group("run").add_argument
+    run("-b", "--batch-size", metavar="N", type=count, default=500,
+        help="images in a batch of the test (default: %(default)s)")
+    run("--device", metavar="NAME", type=device,
+        help="cpu, cuda, cuda:N, mps (default: cuda, else cpu)")
+    run("-h", "--help", action="help", help="show this and exit")
+    add_solver(parser)
+    return parser
+# fmt: on

@@ -1,0 +1,265 @@
+"""A whole network on a box of inputs: proofs that no point of it changes the class, and an attack.
+
+Interval arithmetic walks through the children of a network. The equilibria cost it nothing in
+sharpness: z*(x) is monotone in x, so for x₋ ≤ x ≤ x₊ the block's output fills exactly the box from
+z*(x₋) to z*(x₊), at the price of one enclosure. (Verifiers of other equilibrium models need
+semidefinite programs: Chen et al., arXiv 2106.01453; an adjoint model: Li, Wang, Lin, ICML 2022;
+or over-approximating boxes: arXiv 2112.05310.) What is lost, is lost in the affine maps between
+the blocks, which see their inputs as independent.
+
+All of it is float64 with rounding accounted for. For an affine map of n terms on centre c and
+radius r the computed centre is off by at most γ(|W||c| + |b|), γ = (n + 4)·2⁻⁵³ (Higham, Accuracy
+and Stability of Numerical Algorithms, 3.1), and r' = |W|r + γ(|W|(|c| + r) + |b|) covers that, its
+own rounding, and the rounding of c ± r.
+
+What is proved concerns the stored weights and the true fixed points. A network as run, in float32
+and stopped at its tolerance, is a little off them.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import singledispatch
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from pcdeq.certificates import evaluating
+from pcdeq.enclosures import UNIT, Operator, enclose, full_float32, product
+from pcdeq.implicit import PcDEQ
+from pcdeq.injections import smallest_positive
+
+SLACK = 1e-9  # margins above it are proved: far above what is left of rounding in their last sums
+# What the injection may be off by, relatively. Its own rounding errors are of order 1e-15; torch's
+# softplus, cut off to the identity beyond βh = 20, loses ln(1 + e⁻²⁰)/20 ≈ 1.03e-10 there and is
+# not even monotone.
+INJECTION_ERROR = 2e-10
+
+
+class Box(NamedTuple):
+    """All h with lower ≤ h ≤ upper, componentwise; float64, shape (B, …)."""
+
+    lower: Tensor
+    upper: Tensor
+
+    def centred(self) -> tuple[Tensor, Tensor]:
+        """Centre c and radius r, with [c − r, c + r] ⊇ the box."""
+        centre = (self.lower + self.upper) / 2
+        radius = torch.maximum(self.upper - centre, centre - self.lower)
+        return centre, radius * (1 + 4 * UNIT)
+
+
+@torch.no_grad()
+def robust(model: nn.Sequential, lower: Tensor, upper: Tensor, target: Tensor) -> Tensor:
+    """Which boxes are proved to hold nothing but inputs of their target class.
+
+    Args:
+        model: a network, or any ``nn.Sequential`` of the layers that ``image`` knows, ending in
+            ``nn.Linear``; taken in evaluation mode.
+        lower, upper: corners of the boxes, as the network sees its inputs, shape (B, C, H, W).
+        target: classes, int64, shape (B,).
+
+    Returns:
+        Booleans, shape (B,): true where the target's logit exceeds every other one by more than
+        ``SLACK`` on the whole box. False means: not proved.
+
+    Raises:
+        TypeError: a layer has no interval image here.
+    """
+    *features, classifier = _layers(model)
+    if type(classifier) is not nn.Linear:
+        raise TypeError(f"the last layer must be nn.Linear, not {type(classifier).__name__}")
+    with full_float32():
+        centre, radius = _walk(features, lower, upper).centred()  # (B, n)
+    weight, bias = _double(classifier)
+    target = target.to(weight.device).view(-1, 1)  # (B, 1)
+    # The classes' rows are subtracted first: what moves two logits together is no threat.
+    rows = weight[target] - weight  # (B, K, n)
+    offsets = bias[target] - bias  # (B, K)
+    margin = torch.einsum("bkn,bn->bk", rows, centre) + offsets
+    loss = torch.einsum(
+        "bkn,bn->bk", rows.abs_(), radius + _gamma(weight) * (centre.abs() + radius)
+    )
+    margin -= loss + _gamma(weight) * offsets.abs()
+    return (margin.scatter_(1, target, torch.inf) > SLACK).all(1).to(lower.device)
+
+
+@torch.no_grad()
+def logit_bounds(model: nn.Sequential, lower: Tensor, upper: Tensor) -> Box:
+    """Bounds on each logit over each box; arguments as for ``robust``."""
+    with full_float32():
+        return _walk(list(_layers(model)), lower, upper)
+
+
+def _layers(model: nn.Sequential) -> Iterator[nn.Module]:
+    for layer in model:
+        if isinstance(layer, nn.Sequential):
+            yield from _layers(layer)
+        else:
+            yield layer
+
+
+def _walk(layers: list[nn.Module], lower: Tensor, upper: Tensor) -> Box:
+    device = next((_lift(p).device for layer in layers for p in layer.parameters()), lower.device)
+    box = Box(lower.to(device).double(), upper.to(device).double())
+    for layer in layers:
+        box = image(layer, box)
+    return box
+
+
+@singledispatch
+def image(layer: nn.Module, box: Box) -> Box:
+    """The smallest box at hand around the layer's outputs on a box of its inputs.
+
+    Every layer is taken in evaluation mode, as a map of real numbers given by its stored weights.
+
+    Args:
+        layer: Linear, Conv2d, BatchNorm, MaxPool2d, AvgPool2d, Flatten, or a pcDEQ layer.
+        box: of its inputs.
+
+    Raises:
+        TypeError: another layer.
+    """
+    raise TypeError(f"no interval image is known for {type(layer).__name__}")
+
+
+@image.register
+def _(layer: nn.Linear, box: Box) -> Box:
+    weight, bias = _double(layer)
+    return _affine(weight, bias, box, lambda w, h: h @ w.t())
+
+
+@image.register
+def _(layer: nn.Conv2d, box: Box) -> Box:
+    sizes = layer.stride, layer.padding, layer.kernel_size
+    plain = (layer.groups, layer.dilation, layer.padding_mode) == (1, (1, 1), "zeros")
+    if not plain or any(len(set(pair)) > 1 for pair in sizes):
+        raise TypeError(f"no interval image is known for {layer}")
+    stride, padding = layer.stride[0], layer.padding[0]
+    weight, bias = _double(layer)
+    return _affine(weight, bias.view(-1, 1, 1), box, lambda w, h: product(w, h, stride, padding))
+
+
+@image.register
+def _(layer: nn.modules.batchnorm._BatchNorm, box: Box) -> Box:
+    if layer.weight is None or layer.running_mean is None:
+        raise TypeError(f"no interval image is known for {layer}")
+    shape = (-1, *[1] * (box.lower.dim() - 2))  # (C, 1, 1) for images
+    weight, bias = (t.view(shape) for t in _double(layer))
+    mean, variance = _lift(layer.running_mean), _lift(layer.running_var)
+    scale = weight / (variance + layer.eps).sqrt().view(shape)  # may be negative
+    centre, radius = box.centred()
+    size = scale.abs() * (centre.abs() + mean.abs().view(shape) + radius) + bias.abs()
+    radius = scale.abs() * radius + 16 * UNIT * size
+    centre = (centre - mean.view(shape)) * scale + bias
+    return Box(centre - radius, centre + radius)
+
+
+@image.register
+def _(layer: PcDEQ, box: Box) -> Box:
+    operator = Operator(layer.deq.f)
+    lower, upper = box
+    if not (operator.weight >= 0).all():  # no theorem, no bounds
+        return Box(torch.full_like(lower, -torch.inf), torch.full_like(upper, torch.inf))
+    lower, upper = layer.inject(lower), layer.inject(upper)
+    if operator.sigma.variant == 1:
+        # The stored layer, in its own dtype, lets no x fall below the least positive number.
+        least = smallest_positive(layer.deq.f.W.weight_v.dtype, lower.device.type)
+        lower = (lower * (1 - INJECTION_ERROR)).clamp_(min=least)
+        upper = (upper * (1 + INJECTION_ERROR)).clamp_(min=least)
+    # Vectors are cheap enough to be enclosed to the last digits.
+    tol = 1e-12 if operator.weight.dim() == 2 else 1e-4
+    found = enclose(operator, lower, upper, tol=tol)
+    return Box(found.lower, found.upper)
+
+
+@image.register
+def _(layer: nn.MaxPool2d, box: Box) -> Box:
+    return Box(layer(box.lower), layer(box.upper))
+
+
+@image.register
+def _(layer: nn.AvgPool2d, box: Box) -> Box:
+    gamma = (math.prod(_pair(layer.kernel_size)) + 4) * UNIT
+    lower, upper = box
+    return Box(layer(lower) - gamma * layer(lower.abs()), layer(upper) + gamma * layer(upper.abs()))
+
+
+@image.register
+def _(layer: nn.Flatten, box: Box) -> Box:
+    return Box(layer(box.lower), layer(box.upper))
+
+
+def _affine(weight: Tensor, bias: Tensor, box: Box, apply: Callable) -> Box:
+    """W h + b on a box; see the head of the file."""
+    centre, radius = box.centred()
+    gamma = _gamma(weight)
+    radius = apply(weight.abs(), radius + gamma * (centre.abs() + radius)) + gamma * bias.abs()
+    centre = apply(weight, centre) + bias
+    return Box(centre - radius, centre + radius)
+
+
+def _gamma(weight: Tensor) -> float:
+    return (weight[0].numel() + 8) * UNIT  # four more than needed
+
+
+def _double(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias in float64; zeros for a bias that is not there."""
+    weight = _lift(layer.weight)
+    bias = weight.new_zeros(len(weight)) if layer.bias is None else _lift(layer.bias)
+    return weight, bias
+
+
+def _lift(t: Tensor) -> Tensor:
+    return (t.cpu() if t.device.type == "mps" else t).detach().double()
+
+
+class Attack(NamedTuple):
+    """The worst that an attack found: ``points`` (B, C, H, W) of the boxes and their ``margin``
+    (B,), the logit of the target less the largest other one; negative where the class changed."""
+
+    points: Tensor
+    margin: Tensor
+
+
+def attack(
+    model: nn.Module, x: Tensor, lower: Tensor, upper: Tensor, target: Tensor, *, steps: int = 40
+) -> Attack:
+    """Projected gradient descent on the margin, over each box (Madry et al., ICLR 2018).
+
+    From x, ``steps`` steps of 2.5/steps of the radius against the sign of the gradient. It finds
+    inputs that change the class, or does not: accuracy under it is at least the true accuracy on
+    the boxes, as the certified one is at most that.
+
+    Args:
+        model: any network; it runs as it is (its own precision and tolerance), in evaluation mode,
+            which is restored.
+        x: where to start, (B, C, H, W); moved into the box.
+        lower, upper: corners of the boxes, as the network sees its inputs, shape of x.
+        target: classes, shape (B,).
+        steps: gradients to take.
+    """
+    stride = (upper - lower) * (1.25 / steps)
+    points = x.clamp(lower, upper)
+    worst = Attack(points, torch.full_like(points[:, 0, 0, 0], torch.inf))
+    with evaluating(model), torch.enable_grad():
+        for step in range(steps + 1):
+            points = points.detach().requires_grad_(step < steps)
+            margin = _margin(model(points), target)
+            lower_margin = margin.detach() < worst.margin
+            worst = Attack(
+                torch.where(lower_margin.view(-1, 1, 1, 1), points.detach(), worst.points),
+                torch.where(lower_margin, margin.detach(), worst.margin),
+            )
+            if step < steps:
+                (gradient,) = torch.autograd.grad(margin.sum(), points)
+                points = (points - stride * gradient.sign()).clamp(lower, upper)
+    return worst
+
+
+def _margin(logits: Tensor, target: Tensor) -> Tensor:
+    """The target's logit less the largest other one, shape (B,)."""
+    target = target.view(-1, 1)
+    others = logits.scatter(1, target, -torch.inf)
+    return logits.gather(1, target).squeeze(1) - others.amax(1)

@@ -1,0 +1,233 @@
+"""evaluate.py and what it prints: test figures, certificates over a set, proved accuracy."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from truth import digits, trained
+
+from pcdeq import certify, robust
+from pcdeq.experiments import data, runs, training
+from pcdeq.experiments.certifying import (
+    boxes,
+    certify_set,
+    format_certificates,
+    format_robustness,
+    robust_accuracy,
+)
+from pcdeq.experiments.cli import guarded
+from pcdeq.experiments.evaluation import evaluate
+from pcdeq.experiments.report import main
+from pcdeq.weights import describe
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def few(count):
+    _, test_set, _ = data.load("mnist", sample=True)
+    return replace(test_set, images=test_set.images[:count], labels=test_set.labels[:count])
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    model = trained("linear_pcdeq_1", "tanh")
+    torch.save({**describe(model), "model": model.state_dict()}, folder / "best.pth")
+    torch.save(model.state_dict(), folder / "authors.pth")
+    (folder / "cut.pth").write_bytes((folder / "best.pth").read_bytes()[:5000])
+    return folder
+
+
+def run(capsys, *argv) -> tuple[int, str, str]:
+    status = guarded(lambda: main([str(a) for a in argv]))
+    return status, *capsys.readouterr()
+
+
+def test_summaries_are_those_of_the_certificates():
+    model, images = trained("linear_pcdeq_1", "softsign"), few(70)
+    (summary,) = certify_set(model, images, batch_size=20)
+    parts = [certify(model, images.batch(slice(i, i + 20))[0])[0] for i in range(0, 70, 20)]
+    assert summary["block"] == "block" and summary["images"] == 70 and summary["holds"]
+    assert summary["reasons"] == {}
+    for name, key in (("width", "width"), ("error", "error"), ("predicted", "predicted")):
+        assert summary[key] == max(getattr(c, name).max().item() for c in parts)
+    assert summary["rate_worst"] == max(c.rate_upper.max().item() for c in parts)
+    rates = torch.cat([c.rate_upper for c in parts]).sort().values
+    assert summary["rate_median"][1] == pytest.approx((rates[34] + rates[35]).item() / 2)
+    assert summary["observed"] == max(c.observed for c in parts)
+    assert json.loads(json.dumps([summary], allow_nan=False)) == [summary]
+
+
+def test_a_set_with_a_violation_says_so(monkeypatch):
+    model, images = trained("linear_pcdeq_1", "softsign"), few(40)
+    inject = model.block.inject
+
+    def spoilt(h):
+        x = inject(h)
+        x[3, 7] = 0
+        return x
+
+    monkeypatch.setattr(model.block, "inject", spoilt)
+    (summary,) = certify_set(model, images, batch_size=20)
+    assert not summary["holds"] and summary["rate_worst"] is None and summary["predicted"] is None
+    assert sum(summary["reasons"].values()) == 2
+    json.dumps(summary, allow_nan=False)
+    table = format_certificates([summary])
+    assert "NO" in table
+    assert "block, 2 batches: 1 of 1600 injected values not positive, the first at (3, 7)" in table
+
+
+def test_boxes_are_clipped_before_the_normalisation():
+    images = few(30)
+    svhn = replace(images, mean=(0.25,), std=(0.5,))
+    lower, upper = boxes(svhn, slice(0, 30), 0.01)
+    pixels = images.images[:30].double() / 255
+    low, high = lower * 0.5 + 0.25, upper * 0.5 + 0.25
+    torch.testing.assert_close(low, (pixels - 0.01).clamp(min=0), rtol=0, atol=1e-15)
+    torch.testing.assert_close(high, (pixels + 0.01).clamp(max=1), rtol=0, atol=1e-15)
+    x, _ = svhn.batch(slice(0, 30))
+    assert (lower - 1e-6 <= x).all() and (x <= upper + 1e-6).all()
+
+
+def test_certified_and_attacked_accuracy_bracket_the_truth():
+    model, images = trained("linear_pcdeq_2", "sigmoid"), few(200)
+    rows = robust_accuracy(model, images, [0.001, 0.01, 0.05], batch_size=80, steps=10)
+    clean = evaluate(model, images).accuracy
+    for row in rows:
+        assert 0 <= row["certified"] <= row["attacked"] <= clean
+        assert row["contradictions"] == 0 and row["images"] == 200
+    certified, attacked = ([row[key] for row in rows] for key in ("certified", "attacked"))
+    assert certified == sorted(certified, reverse=True) and certified[0] > certified[-1]
+    assert attacked == sorted(attacked, reverse=True) and attacked[0] > attacked[-1]
+    lower, upper = boxes(images, slice(None), 0.01)
+    assert certified[1] == 100 * robust(model, lower, upper, images.labels).double().mean()
+    assert re.search(rf"0\.01 +{certified[1]:.2f} % +{attacked[1]:.2f} %", format_robustness(rows))
+
+
+def test_the_report_of_a_checkpoint(checkpoints, capsys):
+    status, out, err = run(
+        capsys, checkpoints / "best.pth", "--sample", "--first", 100, "--certify", "--eps", 0.002,
+        0.02, "--device", "cpu",
+    )  # fmt: skip
+    assert status == 0 and err == ""
+    test = evaluate(trained("linear_pcdeq_1", "tanh"), few(100))
+    assert "linear_pcdeq_1 (tanh) for mnist, 70,410 parameters" in out
+    assert f"100 test images: accuracy {test.accuracy:.2f} %, loss {test.loss:.4f}; " in out
+    assert f"{test.forward_iters:.1f} (mean), {test.forward_iters_max} (max)" in out
+    assert "certificates of 100 images" in out and re.search(r"block +yes", out)
+    certified = {float(r): float(p) for r, p in re.findall(r"  (0\.\d+) +([\d.]+) %", out)}
+    assert list(certified) == [0.002, 0.02] and certified[0.002] > certified[0.02]
+
+
+def test_without_proofs_it_prints_none(checkpoints, capsys):
+    status, out, _ = run(capsys, checkpoints / "best.pth", "--sample", "--first", 50)
+    assert status == 0 and "accuracy" in out and "certif" not in out
+
+
+def test_unconverged_solves_are_warned_of(checkpoints, capsys):
+    status, out, _ = run(
+        capsys, checkpoints / "best.pth", "--sample", "--first", 50, "--max-iter", 3
+    )
+    assert status == 0 and "warning: 1 solves did not reach the tolerance 0.0001" in out
+
+
+def test_a_plain_state_dict_needs_to_be_told(checkpoints, capsys):
+    plain = checkpoints / "authors.pth"
+    status, _, err = run(capsys, plain, "--sample")
+    assert status == 1 and "plain state dict" in err and err.count("\n") == 1
+    told = ("-net", "linear_pcdeq_1", "-activ", "tanh", "--dataset", "mnist")
+    status, told_out, _ = run(capsys, plain, *told, "--sample", "--first", 100)
+    assert status == 0
+    _, out, _ = run(capsys, checkpoints / "best.pth", "--sample", "--first", 100)
+    assert told_out.split("; ")[0] == out.split("; ")[0]
+
+
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        ((), "the following arguments are required: CHECKPOINT"),
+        (("best.pth", "--eps", "0"), "'0' is not a finite number above 0"),
+        (("best.pth", "--eps", "nan"), "'nan' is not a finite number above 0"),
+        (("best.pth", "--eps"), "expected at least one argument"),
+        (("best.pth", "--first", "0"), "'0' is not a whole number from 1 on"),
+        (("best.pth", "-b", "-3"), "'-3' is not a whole number from 1 on"),
+        (("best.pth", "-net", "big"), "invalid choice: 'big'"),
+        (("best.pth", "--device", "tpu"), "'tpu' is not one of cpu"),
+        (("best.pth", "--sample", "--image-folder", "x"), "not allowed with argument"),
+        (
+            ("best.pth", "-net", "linear_pcdeq_1", "-activ", "sigmoid", "--dataset", "mnist"),
+            "linear_pcdeq_1 does not allow the activation 'sigmoid'",
+        ),
+        (
+            ("best.pth", "-net", "linear_pcdeq_1", "-activ", "tanh", "--dataset", "svhn"),
+            "linear_pcdeq_1 is for mnist only",
+        ),
+    ],
+)
+def test_usage_errors_come_before_anything_is_read(argv, sentence, capsys, monkeypatch):
+    monkeypatch.setattr(data, "load", lambda *_, **__: pytest.fail("data was read"))
+    status, _, err = run(capsys, *argv)
+    assert status == 2 and sentence in err and err.startswith("usage: evaluate.py")
+
+
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (("none.pth", "--sample"), "there is no such file"),
+        (("cut.pth", "--sample"), "damaged"),
+        (("best.pth", "--data-root", "empty"), "--sample"),
+        (("best.pth", "-activ", "relu6", "--sample"), "its activation is not relu6"),
+        (("best.pth", "--image-folder", "absent"), "absent"),
+        (("best.pth", "--image-folder", "three"), "is for 10 classes, but the images have 3"),
+    ],
+)
+def test_later_errors_are_one_sentence(argv, sentence, checkpoints, capsys, tmp_path, monkeypatch):
+    from PIL import Image
+
+    for part in ("train", "test"):
+        for name in "abc":
+            folder = tmp_path / "three" / part / name
+            folder.mkdir(parents=True)
+            Image.new("L", (28, 28)).save(folder / "0.png")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torchvision.datasets.mnist.MNIST.mirrors", ["http://127.0.0.1:9/"])
+    status, out, err = run(capsys, checkpoints / argv[0], *argv[1:])
+    assert status == 1 and out == ""
+    assert err.startswith("error: ") and sentence in err and err.count("\n") == 1
+
+
+def test_training_keeps_its_certificates(tmp_path, capsys, monkeypatch):
+    load, tested = data.load, few(60)
+
+    def small(*arguments, **flags):
+        train_set, _, classes = load(*arguments, **flags)
+        cut = {"images": train_set.images[::20], "labels": train_set.labels[::20]}
+        return replace(train_set, **cut), tested, classes
+
+    monkeypatch.setattr(data, "load", small)
+    config = runs.RunConfig(
+        "mnist", "linear_pcdeq_1", "tanh", 1e-3, 1, 1e-2, 20, 1,
+        out=str(tmp_path / "run"), sample=True, certify=True,
+    )  # fmt: skip
+    training.train(config)
+    (summary,) = json.loads((tmp_path / "run" / runs.CERTIFICATES).read_text())
+    assert summary["holds"] and summary["images"] == 60
+    assert format_certificates([summary]) in capsys.readouterr().out
+
+
+def test_the_front_door(checkpoints):
+    command = [sys.executable, ROOT / "evaluate.py", checkpoints / "cut.pth"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=checkpoints)
+    assert done.returncode == 1 and "damaged" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_one_image_is_enough():
+    assert len(digits()[2]) == 1000
+    (summary,) = certify_set(trained("linear_pcdeq_1", "tanh"), few(1))
+    assert summary["images"] == 1 and summary["holds"]
