@@ -124,13 +124,10 @@ class Equilibrium(nn.Module):
         z, self.forward_solve = self._solve(iteration, None, x.dtype, nonnegative=True)
         return z
 
-    @torch.no_grad()
     def _solve_adjoint(self, z: Tensor, weight: Tensor, grad: Tensor | None) -> Tensor | None:
         """g = Jᵀg + ∂L/∂z*, from g = ∂L/∂z*; Jᵀg = Wᵀ(σ'∘g)."""
-        if grad is None:  # how autograd says 0 to a hook
+        if grad is None:  # as autograd says that L does not depend on z*
             return None
-        slope = self.f.activation.derivative(z)
-        transposed = self.f.W.transpose(weight)
         apply = self.f.W.apply
 
         def iteration(dtype: torch.dtype) -> Linearised:
@@ -140,9 +137,12 @@ class Equilibrium(nn.Module):
                 lambda _: lambda v, r: apply(d * v, Wt, r),
             )
 
-        with _no_autocast(z):
+        with torch.no_grad(), _no_autocast(z):
+            slope = self.f.activation.derivative(z)
+            transposed = self.f.W.transpose(weight)
             g, self.backward_solve = self._solve(iteration, grad, z.dtype, nonnegative=False)
-        return g
+        # Under create_graph=True this makes a second differentiation an error, not silently wrong.
+        return g.requires_grad_(torch.is_grad_enabled())
 
     def _solve(self, iteration, start, dtype: torch.dtype, *, nonnegative: bool):
         """One solve in the precision asked for: the solution in ``dtype``, and its figures."""

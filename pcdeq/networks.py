@@ -54,6 +54,12 @@ class Network(nn.Sequential):
         self.classes = classes
         self.to(memory_format=torch.channels_last)
 
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        # nn.Sequential would make a slice with this class's constructor: a part is no Network.
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self.named_children())[index]))
+        return super().__getitem__(index)
+
     @property
     def blocks(self) -> list[PcDEQ]:
         """The pcDEQ blocks, in the order of the forward pass."""

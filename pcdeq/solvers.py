@@ -123,8 +123,8 @@ def refine(
     Each round evaluates f once in full precision, which checks the rule and gives the residual
     r = f(z) − z; the Newton correction δ = Jδ + r is solved in the low precision to a few percent,
     and z + δ = f(z) + (δ − r) is the next z. The fixed point is unique, so any nonnegative z is a
-    safe place to go on from: where a correction did not lower the residual, the plain step f(z) is
-    taken instead.
+    safe place to go on from: a correction that did not lower the residual is dropped, and the plain
+    step f(z) taken in its place.
 
     Args:
         f: the map in full precision.
@@ -136,18 +136,27 @@ def refine(
         max_iter: largest number of evaluations, of either precision together.
         nonnegative: project corrected iterates onto the nonnegative orthant.
     """
+    if max_iter == 1:
+        return solver(f, z, tol=tol, max_iter=1, nonnegative=nonnegative)
     low_start = None if z is None else z.to(torch.bfloat16)
     rough = solver(low.f, low_start, tol=ROUGH_TOL, max_iter=max_iter - 1, nonnegative=nonnegative)
     z = rough.z.to(dtype)
     iterations, full, before = rough.iterations, 0, math.inf
+    plain = None  # the plain step, while a correction taken in its place is on trial
     while True:
         fz = f(z)
         iterations, full = iterations + 1, full + 1
         r = fz - z
         residual = _relative(*_read([_norm(r), _norm(fz)]))
-        if not residual >= tol or iterations >= max_iter:
+        if residual < tol or iterations >= max_iter:
             return Solve(fz, iterations, full, residual, residual < tol)
-        if residual < before and iterations + 1 < max_iter:
+        if plain is not None and not residual < before:  # NaN fails too
+            z, plain = plain, None
+            continue
+        if math.isnan(residual):
+            return Solve(fz, iterations, full, residual, False)
+        before = residual
+        if iterations + 1 < max_iter:
             r_low = r.to(torch.bfloat16)
             tangent = low.tangent(fz.to(torch.bfloat16))
             correction = solver(
@@ -158,12 +167,11 @@ def refine(
                 nonnegative=False,
             )
             iterations += correction.iterations
-            z = fz.add_(correction.z - r_low)
+            z, plain = fz + (correction.z - r_low), fz
             if nonnegative:
                 z.clamp_(min=0)
         else:
-            z = fz
-        before = residual
+            z, plain = fz, None
 
 
 ROUGH_TOL = BF16_TOL  # of the first low-precision solve

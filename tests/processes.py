@@ -7,16 +7,22 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = [str(ROOT / "train_mnist.py"), "-net", "linear_pcdeq_1", "--sample", "--device", "cpu"]
+SCRIPT = ROOT / "train_mnist.py"
+FLAGS = ["-net", "linear_pcdeq_1", "--sample", "--device", "cpu", "-m", "8"]
 
 
 def start(*command: object, **variables: object) -> subprocess.Popen:
-    """Starts Python on a command line, with one thread, this package, and these variables."""
+    """Starts Python on a command line, with these variables, and with as many threads as here.
+
+    The threads decide the last bits of a sum: what runs here and what runs there can be compared.
+    """
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     more = {name: str(value) for name, value in variables.items()}
     return subprocess.Popen(
@@ -24,7 +30,12 @@ def start(*command: object, **variables: object) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+            "PYTHONPATH": path,
+            **more,
+        },
     )
 
 
@@ -48,6 +59,18 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    """The numbers of the processes that one has started."""
+    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(number) for number in listed.stdout.split()]
+
+
+def until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    """Waits until something is so, or the process ends."""
+    while not condition() and process.poll() is None:
+        time.sleep(0.01)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ import errno
 import io
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -221,6 +222,12 @@ def test_exit_statuses(error, status, words, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err == "" if words is None else words in err and len(err.splitlines()) == 1
+
+
+def test_sigterm_before_training_is_143():
+    before = signal.getsignal(signal.SIGTERM)
+    assert guarded(lambda: signal.raise_signal(signal.SIGTERM)) == 143
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize("bug", [ValueError("?"), RuntimeError("?"), KeyError("?")], ids=repr)

@@ -1,6 +1,5 @@
 """Several processes are one: the parts, their weights, and real gloo processes."""
 
-
 import pytest
 import torch
 import worker

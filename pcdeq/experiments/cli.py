@@ -8,8 +8,10 @@ with one sentence and status 1 (``guarded``). A parsed command line is a ``RunCo
 import argparse
 import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -86,7 +88,8 @@ def guarded(function: Callable[[], object]) -> int:
     for stream in (sys.stdout, sys.stderr):  # a path may hold what the terminal cannot show
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")
-    status, sentence = _outcome(function)
+    with _sigterm_exits():
+        status, sentence = _outcome(function)
     if sentence:
         with contextlib.suppress(OSError):
             print(sentence, file=sys.stderr)
@@ -98,10 +101,23 @@ def guarded(function: Callable[[], object]) -> int:
     return status
 
 
+@contextlib.contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """SIGTERM while imports or data are loaded exits as it does later, in the training loop."""
+    if threading.current_thread() is not threading.main_thread():  # Python takes no signals there
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _outcome(function: Callable[[], object]) -> tuple[int, str]:
     try:
         function()
-    except SystemExit as stop:  # argparse has said all
+    except SystemExit as stop:  # argparse has said all; so has SIGTERM
         return int(stop.code or 0), ""
     except KeyboardInterrupt:
         return 130, "stopped by SIGINT"

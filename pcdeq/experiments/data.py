@@ -2,7 +2,7 @@
 
 The sets are small (CIFAR-10: 180 MB), so each is decoded once, through torchvision, and kept where
 the network runs. A batch is then an index and a few elementwise passes: no worker processes, no
-copies, no Python per image. The idea is that of cifar10-airbench (Keller Jordan, 2023), down to the
+copies, no Python per image. The idea is that of cifar10-airbench (Keller Jordan, 2024), down to the
 crop that is one gather for the whole batch.
 
 Where the images come from: the genuine sets (downloaded when absent, every file checked against its

@@ -1,0 +1,105 @@
+"""σ: each entry of the table against what the theory asks of it, and against autograd."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pcdeq.activations import ACTIVATIONS, allowed, get_activation
+
+every = pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
+PRE = torch.cat(  # s ≥ 0, relu6's kinks 0 and 6 among them
+    [torch.linspace(0, 8, 97), torch.tensor([1e-30, 1e-6, 20.0, 1e4])]
+).double()
+
+REFERENCES = {
+    "tanh": lambda s: (torch.exp(2 * s) - 1) / (torch.exp(2 * s) + 1),
+    "softsign": lambda s: s / (1 + s),
+    "relu6": lambda s: torch.minimum(s, torch.full_like(s, 6)),
+    "sigmoid": lambda s: 1 / (1 + torch.exp(-s)),
+}
+
+
+@every
+def test_is_the_function_of_its_name(activation):
+    s = PRE[PRE < 100]
+    assert torch.allclose(activation.function(s), REFERENCES[activation.name](s), rtol=1e-12)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_in_place_is_the_same_function(activation, dtype):
+    s = torch.linspace(-3, 9, 50).to(dtype)
+    kept = s.clone()
+    out = activation.function(s)
+    assert torch.equal(s, kept) and out.dtype == dtype
+    written = activation.function_(s)
+    assert written.data_ptr() == s.data_ptr()
+    torch.testing.assert_close(written, out)
+
+
+@every
+def test_derivative_in_its_own_value_is_autograd_s(activation):
+    s = PRE.clone().requires_grad_()
+    v = activation.function(s)
+    (reference,) = torch.autograd.grad(v.sum(), s)
+    torch.testing.assert_close(activation.derivative(v.detach()), reference, rtol=0, atol=1e-14)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_derivative_keeps_dtype_and_argument(activation, dtype):
+    v = activation.function(torch.linspace(0, 9, 50).to(dtype))
+    kept = v.clone()
+    slope = activation.derivative(v)
+    assert slope.dtype == dtype and torch.equal(v, kept)
+    assert (slope >= 0).all() and (slope <= 1).all()
+
+
+@every
+def test_supremum_bounds_and_is_approached(activation):
+    values = activation.function(PRE)
+    assert (values <= activation.supremum).all()
+    assert values[-1] == pytest.approx(activation.supremum, rel=1e-3)
+
+
+@every
+def test_variant_is_what_sigma_of_zero_says(activation):
+    at_zero = activation.function(torch.zeros(1)).item()
+    assert activation.variant == (2 if at_zero > 0 else 1)
+    assert activation.name in allowed(activation.variant)
+    assert activation.name not in allowed(3 - activation.variant)
+
+
+@every
+@given(
+    a=st.floats(0, 30),
+    b=st.floats(0, 30),
+    t=st.floats(0, 1),
+)
+def test_is_nondecreasing_and_concave(activation, a, b, t):
+    def sigma(s: float) -> float:
+        return activation.function(torch.tensor(s, dtype=torch.float64)).item()
+
+    assert sigma(min(a, b)) <= sigma(max(a, b))
+    chord = t * sigma(a) + (1 - t) * sigma(b)
+    assert sigma(t * a + (1 - t) * b) >= chord - 1e-12
+
+
+@every
+def test_is_copied_and_pickled_as_its_name(activation):
+    assert copy.deepcopy(activation) is activation
+    assert pickle.loads(pickle.dumps(activation)) is activation
+
+
+def test_allowed_names_the_default_first():
+    assert allowed(1) == ("tanh", "softsign", "relu6")
+    assert allowed(2) == ("sigmoid",)
+
+
+def test_an_unknown_name_is_refused_with_the_list():
+    with pytest.raises(ValueError, match=r"'gelu'.*tanh, softsign, relu6, sigmoid"):
+        get_activation("gelu")

@@ -1,0 +1,61 @@
+"""The injections: positive, exact, monotone to rounding, and differentiable."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pcdeq.injections import INJECTIONS, positive, smallest_positive
+
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+@both_dtypes
+def test_softplus_is_as_exact_as_its_dtype(dtype):
+    h = torch.linspace(-12, 30, 100_001, dtype=dtype)
+    s = 5 * h.double()
+    exact = torch.logaddexp(s, torch.zeros_like(s)) / 5
+    # exp turns the rounding of its argument, up to |5h| ulps, into a relative error
+    bound = torch.finfo(dtype).eps * (4 + s.abs())
+    assert ((positive(h) - exact).abs() <= bound * exact).all()
+
+
+@both_dtypes
+def test_softplus_never_underflows_to_zero(dtype):
+    h = torch.tensor([-float("inf"), -1e30, -1e4, -200.0, -21.0, -17.5], dtype=dtype)
+    x = positive(h)
+    assert (x > 0).all()
+    assert x[0] == smallest_positive(dtype, "cpu")
+    assert (x.diff() >= 0).all()
+
+
+@both_dtypes
+def test_softplus_of_large_inputs_is_the_input(dtype):
+    h = torch.tensor([20.0, 1e4, 1e30, float("inf")], dtype=dtype)
+    assert torch.equal(positive(h), h)
+    assert positive(torch.tensor([float("nan")], dtype=dtype)).isnan().all()
+
+
+def test_softplus_is_the_library_function_up_to_rounding():
+    h = torch.randn(1000) * 3
+    torch.testing.assert_close(positive(h), F.softplus(h, beta=5), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("variant", [1, 2])
+def test_gradients(variant):
+    h = torch.randn(4, 6, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(INJECTIONS[variant], h)
+    steep = torch.tensor([-1e4, 1e4], dtype=torch.float64, requires_grad=True)
+    INJECTIONS[variant](steep).sum().backward()
+    assert torch.equal(steep.grad, torch.tensor([0.0, 1.0], dtype=torch.float64))
+
+
+def test_keeps_the_memory_format():
+    h = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    assert positive(h).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_smallest_positive_is_the_least_that_survives_arithmetic(dtype):
+    least = torch.tensor(smallest_positive(dtype, "cpu"), dtype=dtype)
+    assert least * 1 > 0
+    assert least.item() < torch.finfo(dtype).tiny * 1.001

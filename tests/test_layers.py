@@ -1,0 +1,150 @@
+"""f(z, x) = σ(Wz + x): weight normalisation, projection, and the products that a solve uses."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from pcdeq.activations import ACTIVATIONS
+from pcdeq.layers import ConcaveLayer, NonnegativeConv2d, NonnegativeLinear
+
+N = 5
+KINDS = {"linear": NonnegativeLinear, "conv": NonnegativeConv2d}
+both = pytest.mark.parametrize("kind", KINDS)
+every = pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
+
+
+def make(kind: str, dtype: torch.dtype = torch.float64) -> NonnegativeLinear | NonnegativeConv2d:
+    """W with rows of very different sizes, so that no test passes on the tiny initial ones."""
+    W = KINDS[kind](N).to(dtype)
+    with torch.no_grad():
+        W.weight_v.uniform_(0, 1)
+        W.weight_g.uniform_(0.1, 2)
+    return W
+
+
+def signal(kind: str, batch: int = 3, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    shape = (batch, N) if kind == "linear" else (batch, N, 6, 4)
+    return torch.randn(shape, dtype=dtype)
+
+
+@both
+def test_weight_is_that_of_weight_normalisation(kind):
+    W = make(kind)
+    reference = torch._weight_norm(W.weight_v, W.weight_g, 0)
+    torch.testing.assert_close(W.weight(), reference)
+    probe = torch.randn_like(reference)
+    ours = torch.autograd.grad((W.weight() * probe).sum(), list(W.parameters()))
+    theirs = torch.autograd.grad((reference * probe).sum(), list(W.parameters()))
+    torch.testing.assert_close(ours, theirs)
+
+
+@both
+def test_initial_weight_is_drawn_after_the_default_one(kind):
+    torch.manual_seed(7)
+    W = KINDS[kind](N)
+    torch.manual_seed(7)
+    plain = nn.Linear(N, N, bias=False) if kind == "linear" else nn.Conv2d(N, N, 3, bias=False)
+    v = torch.rand(plain.weight.shape) * math.sqrt(1e-4) / math.sqrt(2 * N)
+    torch.testing.assert_close(W.weight_v.data, v.contiguous())
+    torch.testing.assert_close(W.weight().data, v)  # g starts at ‖v‖
+    assert (W.weight_v >= 0).all() and (W.weight_g > 0).all()
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_of_zeros_is_a_row_of_zeros(kind, dtype):
+    W = make(kind, dtype)
+    with torch.no_grad():
+        W.weight_v[2] = 0
+    weight = W.weight()
+    assert torch.equal(weight[2], torch.zeros_like(weight[2]))
+    weight.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in W.parameters())
+    assert W.weight_g.grad[[0, 1, 3, 4]].abs().min() > 0
+
+
+@both
+def test_clamp_projects_both_parameters(kind):
+    W = make(kind)
+    with torch.no_grad():
+        W.weight_v[0, 1] = -0.5
+        W.weight_g[1] = -0.5
+    v, g = W.weight_v, W.weight_g
+    expected = [v.detach().clamp(min=0), g.detach().clamp(min=0)]
+    W.clamp()
+    assert W.weight_v is v and W.weight_g is g
+    assert torch.equal(v.data, expected[0]) and torch.equal(g.data, expected[1])
+    assert (W.weight() >= 0).all()
+
+
+@both
+def test_apply_is_the_map(kind):
+    W, z, plus = make(kind), signal(kind), signal(kind)
+    weight = W.weight().detach()
+    plain = nn.functional.linear if kind == "linear" else nn.functional.conv2d
+    reference = plain(z, weight, **({} if kind == "linear" else {"padding": 1}))
+    kept = plus.clone()
+    torch.testing.assert_close(W.apply(z, weight), reference)
+    torch.testing.assert_close(W.apply(z, weight, plus), reference + plus)
+    assert torch.equal(plus, kept)  # it is x, or a gradient: never ours to write to
+
+
+@both
+def test_transpose_is_the_adjoint(kind):
+    W, z, y = make(kind), signal(kind), signal(kind)
+    weight = W.weight().detach()
+    forward = (y * W.apply(z, weight)).sum()
+    backward = (W.apply(y, W.transpose(weight)) * z).sum()
+    torch.testing.assert_close(forward, backward)
+
+
+@both
+def test_weight_gradient_is_autograd_s(kind):
+    W, z, y = make(kind), signal(kind), signal(kind)
+    weight = W.weight().detach().requires_grad_()
+    (reference,) = torch.autograd.grad((y * W.apply(z, weight)).sum(), weight)
+    torch.testing.assert_close(W.weight_gradient(z, y), reference)
+
+
+def test_convolutions_are_kept_in_channels_last():
+    W = make("conv", torch.float32)
+    assert W.weight_v.is_contiguous(memory_format=torch.channels_last)
+    weight = W.weight()
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert W.transpose(weight).is_contiguous(memory_format=torch.channels_last)
+    z = signal("conv", dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+    assert W.apply(z, weight).is_contiguous(memory_format=torch.channels_last)
+
+
+@both
+@every
+def test_concave_layer_is_sigma_of_w_z_plus_x(kind, activation):
+    layer = ConcaveLayer(make(kind), activation)
+    z, x = signal(kind).abs(), signal(kind).abs()
+    weight = layer.W.weight().detach()
+    reference = activation.function(layer.W.apply(z, weight) + x)
+    kept = z.clone(), x.clone()
+    torch.testing.assert_close(layer(z, x), reference)
+    torch.testing.assert_close(layer.evaluate(z, x, weight), reference)
+    torch.testing.assert_close(layer.evaluate(None, x, weight), layer(torch.zeros_like(x), x))
+    assert torch.equal(z, kept[0]) and torch.equal(x, kept[1])
+
+
+@both
+@every
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31), factor=st.floats(1.001, 50))
+def test_layer_is_monotone_and_scalable(kind, activation, seed, factor):
+    """The two properties of a standard interference mapping (paper, Section 3)."""
+    torch.manual_seed(seed)
+    layer = ConcaveLayer(make(kind), activation)
+    z, x = signal(kind).abs(), signal(kind).abs() + 1e-3
+    with torch.no_grad():
+        f = layer(z, x)
+        assert (f > 0).all()
+        assert (layer(z + signal(kind).abs(), x) >= f - 1e-12).all()
+        assert (layer(factor * z, x) <= factor * f + 1e-12).all()
