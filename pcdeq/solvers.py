@@ -66,8 +66,9 @@ def anderson(
 ) -> Solve:
     """Anderson acceleration of depth one: a secant step along the last two evaluations.
 
-    With r = f(z) − z and its change Δr, each sample takes z ← f(z) − γ·Δf(z), γ = ⟨r, Δr⟩/‖Δr‖²,
-    which minimises ‖r − γΔr‖. A sample whose residual did not fall takes the plain step (γ = 0).
+    With r = f(z) − z and the changes Δr and Δf since the evaluation before, each sample takes
+    z ← f(z) − γ·Δf, γ = ⟨Δr, r⟩/‖Δr‖², which minimises ‖r − γΔr‖. A sample whose ‖r‖ did not fall
+    takes the plain step.
 
     Args:
         f: as for ``picard``.
@@ -80,15 +81,12 @@ def anderson(
 
     def mix(fz: Tensor, r: Tensor) -> Tensor:
         nonlocal f_before, r_before, size_before
-        size = _sample_norms(r)  # (B, 1, …), float32 or float64
-        mixed = fz
+        size, mixed = _sample_dots(r, r), fz
         if r_before is not None:
-            change = _sample_norms(r - r_before).square_()
-            # ⟨r, Δr⟩ by polarisation, so that only norms are needed
-            gamma = (size.square() + change - size_before.square()) / 2
-            gamma /= change.clamp_(min=torch.finfo(change.dtype).tiny)
-            gamma = gamma.where(size < size_before, 0).to(fz.dtype)
-            mixed = torch.lerp(fz, f_before, gamma)
+            dr = r - r_before
+            gamma = _sample_dots(dr, r) / _sample_dots(dr, dr)
+            gamma = gamma.where((size < size_before) & gamma.isfinite(), 0)
+            mixed = torch.lerp(fz, f_before, gamma)  # f(z) − γ·Δf
             if nonnegative:
                 mixed.clamp_(min=0)
         f_before, r_before, size_before = fz, r, size
@@ -147,7 +145,7 @@ def refine(
         fz = f(z)
         iterations, full = iterations + 1, full + 1
         r = fz - z
-        residual = _relative(*_read([_norm(r), _norm(fz)]))
+        residual = _relative(*_read([torch.linalg.vector_norm(r), torch.linalg.vector_norm(fz)]))
         if residual < tol or iterations >= max_iter:
             return Solve(fz, iterations, full, residual, residual < tol)
         if plain is not None and not residual < before:  # NaN fails too
@@ -186,7 +184,7 @@ def _iterate(f: Map, z: Tensor | None, mix: Callable, tol: float, max_iter: int)
         for _ in range(max_iter - iterations):
             fz = f(z)
             r = fz if z is None else fz - z
-            norms += [_norm(r), _norm(fz)]
+            norms += [torch.linalg.vector_norm(r), torch.linalg.vector_norm(fz)]
             pending.append(fz)
             if len(pending) == CHECK_EVERY.get(fz.device.type, 1):
                 break
@@ -204,15 +202,11 @@ def _relative(change: float, size: float) -> float:
     return change / (size + EPSILON)
 
 
-def _norm(t: Tensor, **axes) -> Tensor:
-    """‖t‖₂ over the whole tensor, or over the axes given, in float32 at least."""
-    dtype = torch.float32 if t.dtype in (torch.bfloat16, torch.float16) else t.dtype
-    return torch.linalg.vector_norm(t, dtype=dtype, **axes)
-
-
-def _sample_norms(t: Tensor) -> Tensor:
-    """‖·‖₂ of each sample, shape (B, 1, …)."""
-    return _norm(t, dim=tuple(range(1, t.ndim)), keepdim=True)
+def _sample_dots(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ of each sample, shape (B, 1, …)."""
+    # Channels last, in whose layout images are kept: the reshape is a view there.
+    rows = (t.movedim(1, -1).reshape(len(t), -1) for t in (a, b))
+    return torch.linalg.vecdot(*rows).view(-1, *(1 for _ in a.shape[1:]))
 
 
 def _read(scalars: list[Tensor]) -> list[float]:

@@ -1,0 +1,288 @@
+"""Figures: what results and runs say, epoch by epoch. Only this file knows matplotlib.
+
+Readable at column width and without colours: the palette is Okabe and Ito's for all kinds of colour
+vision (2008), and each activation has a dash pattern of its own where lines would otherwise differ
+in colour alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pcdeq.certificates import History
+from pcdeq.experiments.recipes import ROWS
+from pcdeq.experiments.results import Result, read_metrics
+from pcdeq.experiments.runs import RunError
+from pcdeq.experiments.tables import TITLES, Line, changed_options, lines_of, network_title
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", (0, (6, 2)), (0, (2, 1)), (0, (6, 2, 1, 2)))
+LOOK = {"tanh": 0, "softsign": 1, "relu6": 2, "sigmoid": 3}  # activation → colour and dashes
+FLOOR = 1e-14  # below it a relative residual in float64 is rounding
+COLUMN = 3.4  # inches: a column of a two-column paper
+STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "legend.fontsize": 7,
+    "lines.linewidth": 1.2,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e5e5e5",
+    "legend.frameon": False,
+    "figure.dpi": 200,
+    "savefig.dpi": 200,
+    "pdf.fonttype": 42,  # text stays text
+}
+
+
+@contextmanager
+def drawing(
+    path: Path, width: float, height: float, formats: Sequence[str] = ("png", "pdf")
+) -> Iterator[Figure]:
+    """A figure to draw on, written as ``path`` with each ending when the block ends.
+
+    Args:
+        path: where, without the ending; its folder is made when absent.
+        width: inches.
+        height: inches.
+        formats: the endings.
+
+    Raises:
+        RunError: there is no matplotlib.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise RunError("figures need matplotlib: pip install matplotlib") from None
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for ending in formats:
+            figure.savefig(f"{path}.{ending}")
+
+
+def result_figures(results: Iterable[Result], directory: str | Path) -> list[Path]:
+    """Accuracy and iterations against epoch, one figure each per data set that has results.
+
+    A panel for each kind of network, a line for each row: the mean over seeds, and their standard
+    deviation as a band.
+
+    Returns:
+        The PNG files written.
+    """
+    paths = []
+    lines = [line for line in lines_of(ROWS, list(results)) if line.results]
+    for dataset, mine in groupby(lines, key=lambda line: line.recipe.dataset):
+        panels = [
+            (title, list(panel))
+            for title, panel in groupby(mine, key=lambda line: _kind(line, dataset))
+        ]
+        for name, draw in (("accuracy", _accuracy), ("iterations", _iterations)):
+            path = Path(directory) / f"{dataset}_{name}"
+            with drawing(path, 0.5 + 2.6 * len(panels), 2.6, ("png",)) as figure:
+                axes = figure.subplots(1, len(panels), squeeze=False)[0]
+                for axis, (title, panel) in zip(axes, panels, strict=True):
+                    draw(axis, panel)
+                    axis.set(title=title, xlabel="epoch")
+            paths.append(Path(f"{path}.png"))
+    return paths
+
+
+def _kind(line: Line, dataset: str) -> str:
+    kind = network_title(line.recipe.net).rsplit(" ", 1)[0]
+    return f"{TITLES[dataset]}{' --aug' * line.recipe.augment}, {kind}"
+
+
+def _accuracy(axis: Axes, lines: list[Line]) -> None:
+    everything = []
+    for line in lines:
+        each = np.array([result.test_acc for result in line.results])  # (seeds, epochs)
+        _band(axis, each, label=_label(line), **_look(line, lines))
+        everything.append(each.ravel())
+    values = np.concatenate(everything)
+    low, high = np.quantile(values, 0.03), values.max()  # the first epochs may start far below
+    axis.set(ylabel="test accuracy, %", ylim=(low - 0.05 * (high - low), None))
+    axis.legend(loc="lower right")
+
+
+def _iterations(axis: Axes, lines: list[Line]) -> None:
+    for line in lines:
+        forward, backward = (
+            np.array([getattr(result, name) for result in line.results])
+            for name in ("forward_iters", "backward_iters")
+        )
+        look = _look(line, lines)
+        _band(axis, forward, label=_label(line), **look | {"linestyle": "-"})
+        _band(axis, backward, **look | {"linestyle": DASHES[2]})
+    axis.plot([], [], color="grey", linestyle=DASHES[2], label="backward")
+    axis.set(ylabel="iterations of a solve", ylim=(0, None))
+    axis.legend(loc="best")
+
+
+def _band(axis: Axes, each: np.ndarray, **look: object) -> None:
+    """The mean over the seeds (rows of ``each``) against the epoch, ± their deviation."""
+    epochs, mean = np.arange(1, each.shape[1] + 1), each.mean(0)
+    axis.plot(epochs, mean, marker="o" if len(epochs) == 1 else None, **look)
+    if len(each) > 1:
+        spread = each.std(0, ddof=1)
+        colour = look["color"]
+        axis.fill_between(epochs, mean - spread, mean + spread, color=colour, alpha=0.2, lw=0)
+
+
+def _look(line: Line, lines: list[Line]) -> dict[str, object]:
+    """Colour and dashes of the activation; fainter where another line of the row came before."""
+    number = LOOK[line.recipe.activation]
+    before = [other for other in lines[: lines.index(line)] if other.recipe == line.recipe]
+    return {
+        "color": COLOURS[number],
+        "linestyle": DASHES[number],
+        "alpha": 1 / (1 + len(before)),
+    }
+
+
+def _label(line: Line) -> str:
+    first = line.results[0]
+    words = [line.recipe.activation, *changed_options(first)] + ["†"] * (not first.genuine)
+    return f"{' '.join(words)} (n = {len(line.results)})"
+
+
+def run_figures(folders: Sequence[str | Path], directory: str | Path) -> list[Path]:
+    """Curves of runs against the epoch: accuracy and loss in one figure, iterations in another.
+
+    Args:
+        folders: runs' folders, a colour each.
+        directory: where the figures go, as PNG and PDF.
+
+    Returns:
+        The PNG files written.
+
+    Raises:
+        RunError: no run there, or no complete epoch; no matplotlib.
+    """
+    runs = {}
+    for folder in map(Path, folders):
+        rows = read_metrics(folder)
+        if not rows:
+            raise RunError(f"{folder} is no run with a complete epoch")
+        runs[folder.resolve().name] = {key: [row[key] for row in rows] for key in rows[0]}
+    curves, iterations = Path(directory) / "curves", Path(directory) / "iterations"
+    with drawing(curves, COLUMN, 4.2) as figure:
+        upper, lower = figure.subplots(2, 1, sharex=True)
+        _pair(upper, runs, "test_acc", "train_acc", "accuracy, %")
+        _pair(lower, runs, "test_loss", "train_loss", "cross entropy, nats")
+        lower.set(yscale="log", xlabel="epoch")
+        _legend(upper, "test", "training")
+    with drawing(iterations, COLUMN, 2.5) as figure:
+        axis = figure.subplots()
+        _pair(axis, runs, "forward_iters", "backward_iters", "iterations of a solve")
+        axis.set(ylim=(0, None), xlabel="epoch")
+        _legend(axis, "forward", "backward")
+    return [Path(f"{path}.png") for path in (curves, iterations)]
+
+
+def _pair(axis: Axes, runs: dict, solid: str, dashed: str, label: str) -> None:
+    """Two columns of each run's metrics: one solid, one dashed."""
+    for number, (name, columns) in enumerate(runs.items()):
+        look = {"color": COLOURS[number % len(COLOURS)]}
+        look |= {"marker": "o", "markersize": 3} if len(columns["epoch"]) == 1 else {}
+        axis.plot(columns["epoch"], columns[solid], label=name, **look)
+        axis.plot(columns["epoch"], columns[dashed], linestyle=DASHES[2], **look)
+    axis.set_ylabel(label)
+
+
+def _legend(axis: Axes, solid: str, dashed: str) -> None:
+    """The lines' names above the figure, and what solid and dashed mean."""
+    axis.plot([], [], color="grey", label=solid)
+    axis.plot([], [], color="grey", linestyle=DASHES[2], label=dashed)
+    handles, labels = axis.get_legend_handles_labels()
+    columns = 2 if max(map(len, labels)) < 40 else 1
+    axis.figure.legend(handles, labels, loc="outside upper center", ncols=columns)
+
+
+def convergence_figure(histories: Sequence[History], path: Path) -> Path:
+    """How the blocks of one network converge on a batch, iteration by iteration, on a log axis.
+
+    Residuals of the forward and the backward solve, a colour for each block, with the certified
+    rate as a dashed line of that slope above the tail, and the width of the enclosure closing.
+
+    Args:
+        histories: of ``pcdeq.certificates.history``, one a block.
+        path: the figure, without its ending.
+
+    Returns:
+        The PNG file written, beside it a PDF.
+    """
+    with drawing(path, COLUMN, 5.4) as figure:
+        axes = figure.subplots(3, 1, sharex=True)
+        for colour, each in zip(COLOURS, histories, strict=False):
+            for axis, residuals in zip(axes, (each.forward, each.backward), strict=False):
+                _falling(axis, 1, residuals, colour, each.name)
+                _slope(axis, residuals, each.rate, colour)
+            closing = each.width[: each.width.index(min(each.width)) + 1]
+            _falling(axes[2], 0, closing, colour, each.name)
+        for axis, label in zip(axes, ("forward residual", "backward residual"), strict=False):
+            axis.axhline(histories[0].tol, color="grey", linestyle=":", label="tolerance")
+            axis.set_ylabel(label)
+        axes[2].set(ylabel="width of the enclosure", xlabel="iteration")
+        _legend(axes[0], "measured", "certified rate (slope)")
+    return Path(f"{path}.png")
+
+
+def _falling(axis: Axes, first: int, values: Sequence[float], colour: str, label: str) -> None:
+    """Values against the iteration, from ``first`` on, until they drown in rounding."""
+    count = next((k for k, value in enumerate(values) if value < FLOOR), len(values))
+    axis.semilogy(range(first, first + count), values[:count], color=colour, label=label)
+
+
+def _slope(axis: Axes, residuals: Sequence[float], rate: float, colour: str) -> None:
+    """The line c·rateᵏ, a little above the second half of the residuals."""
+    if not 0 < rate < 1:
+        return
+    tail = [(k, value) for k, value in enumerate(residuals, 1) if value >= FLOOR]
+    height = max(math.log(value) - k * math.log(rate) for k, value in tail[len(tail) // 2 :])
+    line = [3 * math.exp(height + k * math.log(rate)) for k, _ in tail]
+    axis.semilogy([k for k, _ in tail], line, color=colour, linestyle=DASHES[2], linewidth=0.8)
+
+
+def robustness_figure(rows: Sequence[dict], path: Path) -> Path:
+    """Certified and attacked accuracy against the radius: the truth lies between the lines.
+
+    Args:
+        rows: of ``pcdeq.experiments.certifying.robust_accuracy``, one a radius.
+        path: the figure, without its ending.
+
+    Returns:
+        The PNG file written, beside it a PDF.
+    """
+    rows = sorted(rows, key=lambda row: row["radius"])
+    radii, certified, attacked = (
+        [row[key] for row in rows] for key in ("radius", "certified", "attacked")
+    )
+    with drawing(path, COLUMN, 2.5) as figure:
+        axis = figure.subplots()
+        axis.fill_between(radii, certified, attacked, color=COLOURS[0], alpha=0.1, linewidth=0)
+        look = {"marker": "o", "markersize": 3}
+        axis.plot(radii, attacked, color=COLOURS[1], ls=DASHES[1], label="under attack", **look)
+        axis.plot(radii, certified, color=COLOURS[0], label="certified", **look)
+        axis.set(
+            xlabel="radius of the box (sup norm, pixels in [0, 1])",
+            ylabel=f"accuracy, % of {rows[0]['images']:,} images",
+            xlim=(0, None),
+            ylim=(0, 100),
+        )
+        axis.legend(loc="lower left")
+    return Path(f"{path}.png")

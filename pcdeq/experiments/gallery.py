@@ -1,0 +1,85 @@
+"""Which figures a run or a checkpoint gets, and the measurements that they need."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pcdeq.certificates import history
+from pcdeq.experiments.flags import Help, add_data, count, positive
+from pcdeq.weights import load_network
+
+BATCH = 100  # images whose convergence is shown
+EPILOG = """\
+examples:
+  python plot.py runs/* -o figures
+  python plot.py runs/mnist_linear_pcdeq_1_tanh_sample_seed0/best.pth --sample -o figures
+  python plot.py best.pth --eps 0.002 0.005 0.01 --first 2000 -o figures
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Does what the command line says.
+
+    Args:
+        argv: arguments, those of the process when left out.
+
+    Raises:
+        SystemExit: usage, as argparse says it.
+        RunError: also CheckpointError, DataError; each with one sentence for the user.
+    """
+    flags = _parser().parse_args(argv)
+    from pcdeq.experiments.figures import run_figures  # late: it brings torchvision
+
+    folders = [run for run in flags.runs if run.is_dir()]
+    made = run_figures(folders, flags.out) if folders else []
+    for path in (run for run in flags.runs if run not in folders):
+        made += _of_checkpoint(path, flags)
+    print(*made, sep="\n")
+
+
+def _of_checkpoint(path: Path, flags: argparse.Namespace) -> list[Path]:
+    from pcdeq.experiments.certifying import robust_accuracy
+    from pcdeq.experiments.data import load
+    from pcdeq.experiments.figures import convergence_figure, robustness_figure
+
+    model = load_network(path)
+    source = {"root": flags.data_root, "sample": flags.sample, "image_folder": flags.image_folder}
+    _, images, _ = load(model.dataset, **source)
+    name = path.stem
+    if name in ("best", "last"):  # which run's?
+        name = f"{path.resolve().parent.name}_{name}"
+    batch, _ = images.batch(slice(BATCH))
+    made = [convergence_figure(history(model, batch), flags.out / f"{name}_convergence")]
+    if flags.eps:
+        some = slice(flags.first)
+        images = replace(images, images=images.images[some], labels=images.labels[some])
+        with tqdm(unit="batch", leave=False, disable=None) as progress:
+            rows = robust_accuracy(model, images, [0, *flags.eps], after_batch=progress.update)
+        made.append(robustness_figure(rows, flags.out / f"{name}_robustness"))
+    return made
+
+
+# fmt: off
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="plot.py",
+        usage="plot.py RUN [RUN ...] -o DIR [options]",
+        description="Draws runs and checkpoints, as PNG and PDF, a column of a paper wide.",
+        epilog=EPILOG,
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path,
+                        help="folder: accuracy, loss, iterations; checkpoint: convergence")
+    parser.add_argument("-o", "--out", metavar="DIR", type=Path, required=True,
+                        help="for the figures")
+    proofs = parser.add_argument_group("proofs (of checkpoints)").add_argument
+    proofs("--eps", metavar="R", nargs="+", type=positive, default=[],
+           help="radii (pixels in [0, 1]): accuracy that is proved, and under attack")
+    proofs("--first", metavar="N", type=count, help="on the first N test images only")
+    add_data(parser)
+    return parser
+# fmt: on

@@ -1,0 +1,197 @@
+"""The paper's tables with one command: run what is missing, take in, render what was measured."""
+
+import argparse
+import contextlib
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from pcdeq.experiments.flags import Help, add_solver, count, device
+from pcdeq.experiments.publish import publish
+from pcdeq.experiments.recipes import ROWS, Recipe
+from pcdeq.experiments.results import collect, find_runs, read_results, train_command
+from pcdeq.experiments.runs import RunError
+from pcdeq.experiments.schedule import Job, cores, run_all
+from pcdeq.experiments.tables import (
+    TITLES,
+    Reference,
+    as_reference,
+    read_reference,
+    render,
+    write_between,
+)
+
+PASSED_ON = ("data_root", "device", "solver", "precision", "tol", "max_iter")
+EPILOG = """\
+examples:
+  python reproduce.py mnist --rows 'linear*' --jobs 2
+  python reproduce.py all --seeds 1 --list | head -1 | sh
+  python reproduce.py --table --results mine   # beside the repository's own
+"""
+
+
+def main(root: Path, argv: Sequence[str] | None = None) -> None:
+    """Does what the command line says.
+
+    Args:
+        root: the repository: training scripts, ``results/``, ``weights/`` and ``README.md``.
+        argv: arguments, those of the process when left out.
+
+    Raises:
+        SystemExit: usage, as argparse says it.
+        RunError: runs failed or could not be taken in; with one sentence for the user.
+    """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    recipes = [
+        recipe
+        for recipe in ROWS
+        if args.dataset in (recipe.dataset, "all", None) and _matches(recipe, args.rows)
+    ]
+    if not recipes:
+        parser.error(f"no row matches {args.rows!r}; {_names(args.dataset)}")
+    results = args.results or Path(os.path.relpath(root / "results"))
+    own = results.resolve() == root.resolve() / "results"
+    if args.collect:
+        _collect(find_runs(args.collect), results, root if own else results)
+    elif args.table:
+        _table(recipes, results, root, own)
+    elif args.figures:
+        from pcdeq.experiments.figures import result_figures  # late: matplotlib is optional
+
+        for path in result_figures(read_results(results), results / "figures"):
+            print(path)
+    elif args.dataset:
+        _run(args, recipes, results, root, own)
+    else:
+        parser.error("say which rows to run: mnist, svhn, cifar or all")
+
+
+# fmt: off
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="reproduce.py",
+        usage="reproduce.py {mnist,svhn,cifar,all} [options]",
+        description="Runs what is missing of the paper's tables, and renders what was measured.",
+        epilog=EPILOG,
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
+    parser.add_argument("dataset", nargs="?", choices=(*TITLES, "all"), metavar="DATASET",
+                        help="which rows: mnist, svhn, cifar, all")
+    rows = parser.add_argument_group("what").add_argument
+    rows("--rows", metavar="PATTERN", default="*", help="of these, those like 'linear*', '*relu6'")
+    rows("--seeds", metavar="N", type=count, default=5, help="0 to N − 1 (default: %(default)s)")
+    rows("--jobs", metavar="N", type=count, default=1,
+         help="runs at a time, with 1/N of the cores each (default: %(default)s)")
+    rows("--results", metavar="DIR", type=Path,
+         help="holds what is done, and DIR/runs (default: results)")
+
+    instead = parser.add_argument_group("instead of running").add_mutually_exclusive_group()
+    instead = instead.add_argument
+    instead("--list", action="store_true", help="print one training command per missing run")
+    instead("--collect", metavar="RUN", nargs="+", type=Path,
+            help="take in run folders, or folders of them")
+    instead("--table", action="store_true",
+            help="print the tables; the full ones of results/ update README.md")
+    instead("--figures", action="store_true", help="draw them to DIR/figures (matplotlib)")
+
+    run = parser.add_argument_group("passed on to the runs").add_argument
+    run("--data-root", metavar="DIR", help="where the sets are, or are downloaded to")
+    run("--device", metavar="NAME", type=device, help="cpu, cuda, cuda:N, mps")
+    add_solver(parser)
+    return parser
+# fmt: on
+
+
+def _matches(recipe: Recipe, pattern: str) -> bool:
+    """Whether a row is like the pattern, its data set named or not."""
+    return any(fnmatch(name, pattern) for name in (recipe.name, recipe.name.split("_", 1)[1]))
+
+
+def _names(dataset: str | None) -> str:
+    names = [recipe.name for recipe in ROWS if dataset in (recipe.dataset, "all", None)]
+    return "rows are " + ", ".join(names)
+
+
+def _run(
+    args: argparse.Namespace, recipes: list[Recipe], results: Path, root: Path, own: bool
+) -> None:
+    """Runs, or lists, what has no whole result on the genuine data yet."""
+    have = {(r.row, r.seed) for r in read_results(results) if r.genuine and r.whole}
+    asked = [(recipe, seed) for recipe in recipes for seed in range(args.seeds)]
+    options = {name: getattr(args, name) for name in PASSED_ON}
+    jobs = [
+        _job(recipe, seed, results / "runs", root, options)
+        for recipe, seed in asked
+        if (recipe.name, seed) not in have
+    ]
+    if args.list:
+        with contextlib.suppress(BrokenPipeError):  # `| head -1` leaves early
+            print("\n".join(shlex.join(job.command) for job in jobs))
+        return
+    if not jobs:
+        print(f"nothing to do: {results} holds all {len(asked)} results of {len(recipes)} row(s)")
+        return
+    print(f"{len(jobs)} runs, {args.jobs} at a time, {max(1, cores() // args.jobs)} thread(s) each")
+    home = root if own else results
+    failures = run_all(
+        jobs, args.jobs, lambda job: _take_in(job.folder, results, home), len(asked) - len(jobs)
+    )
+    for failure in failures:
+        print(f"failed: {failure.job.name}: {failure.reason}", file=sys.stderr)
+    if failures:
+        raise RunError(f"{len(failures)} of {len(jobs)} runs failed; the same command tries again")
+
+
+def _job(recipe: Recipe, seed: int, runs: Path, root: Path, options: dict[str, object]) -> Job:
+    folder = runs / f"{recipe.name}_seed{seed}"
+    script, *words = train_command(recipe, seed, options)
+    script = os.path.relpath(root / script)
+    command = (_python(), script, *words, "--out", str(folder), "--resume")
+    return Job(folder.name, command, folder, recipe.epochs)
+
+
+def _python() -> str:
+    """``python`` where that is this interpreter, else the path of this one."""
+    return "python" if shutil.which("python") == sys.executable else sys.executable
+
+
+def _take_in(folder: Path, results: Path, home: Path) -> None:
+    """Collects a run, and publishes its weights where it is one to publish."""
+    result = collect(folder, results)
+    publish(folder, result, home / "weights")
+    print(f"{results / result.name}.json: {result.test_acc[-1]:.2f} %")
+
+
+def _collect(folders: list[Path], results: Path, home: Path) -> None:
+    refused = 0
+    for folder in folders:
+        try:
+            _take_in(folder, results, home)
+        except RunError as error:
+            print(f"not taken in: {error}", file=sys.stderr)
+            refused += 1
+    if refused:
+        raise RunError(f"{refused} of {len(folders)} runs were not taken in")
+
+
+def references(root: Path) -> list[Reference]:
+    """Other implementations' accuracies that the repository carries."""
+    return [read_reference(path) for path in sorted((root / "results/references").glob("*.json"))]
+
+
+def _table(recipes: list[Recipe], results: Path, root: Path, own: bool) -> None:
+    """Prints the tables, beside the repository's where they are someone else's."""
+    beside = references(root)
+    if not own:
+        ours = read_results(root / "results")
+        beside.insert(0, as_reference("this repository", "`results/` of this repository.", ours))
+    text = render(recipes, read_results(results), beside)
+    print(text)
+    if own and len(recipes) == len(ROWS):
+        write_between(root / "README.md", text)

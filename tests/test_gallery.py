@@ -1,0 +1,38 @@
+"""plot.py: a folder gets its curves, a checkpoint its convergence and what is proved of it."""
+
+import shutil
+
+import pytest
+from made_up import made_up_run
+
+from pcdeq import CheckpointError
+from pcdeq.experiments.gallery import main
+from pcdeq.experiments.results import RECIPES
+
+LINEAR = RECIPES["mnist_linear_pcdeq_1_tanh"]
+
+
+def test_runs_and_checkpoints_get_their_figures(tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "out"
+    made_up_run(run, LINEAR, ran=3)
+    shutil.copy(run / "best.pth", tmp_path / "named.pth")
+    words = [str(run), str(run / "last.pth"), str(tmp_path / "named.pth"), "-o", str(out)]
+    main([*words, "--sample", "--eps", "0.01", "--first", "20"])
+    names = ["curves", "iterations"]
+    names += [f"{n}_{k}" for n in ("run_last", "named") for k in ("convergence", "robustness")]
+    assert capsys.readouterr().out.split() == [str(out / f"{name}.png") for name in names]
+    assert {path.name for path in out.iterdir()} == {
+        f"{name}.{ending}" for name in names for ending in ("png", "pdf")
+    }
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="nothing"):
+        main([str(tmp_path / "nothing.pth"), "-o", str(tmp_path)])
+
+
+@pytest.mark.parametrize("words", [[], ["run"], ["run", "-o", "x", "--eps", "-1"]])
+def test_a_wrong_command_line_is_a_usage_error(words):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
