@@ -10,6 +10,7 @@ hook evaluates the layer again.
 """
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -229,6 +230,8 @@ class PcDEQLinear(PcDEQ):
         super().__init__(NonnegativeLinear(features), activation, **options)
 
     def forward(self, h: Tensor) -> Tensor:
+        if h.ndim == 2:
+            return super().forward(h)
         return super().forward(h.reshape(-1, h.shape[-1])).view(h.shape)
 
 
@@ -262,5 +265,8 @@ def register_projection(
     return optimizer.register_step_post_hook(lambda *_: project(model))
 
 
-def _no_autocast(t: Tensor) -> torch.autocast:
-    return torch.autocast(t.device.type, enabled=False)
+def _no_autocast(t: Tensor) -> AbstractContextManager:
+    """Keeps an autocast that the caller is in from changing the precision of a solve."""
+    device = t.device.type
+    on = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()

@@ -142,7 +142,7 @@ class _WeightNorm(torch.autograd.Function):
         v, g, inverse = ctx.saved_tensors
         u = v * inverse  # rows of length 1
         dg = (dW * u).sum(tuple(range(1, v.ndim)), keepdim=True)  # ⟨dW, u⟩
-        dv = torch.addcmul(dW, dg, u, value=-1).mul_(g * inverse)  # g/‖v‖·(dW − ⟨dW, u⟩u)
+        dv = u.mul_(dg).sub_(dW).mul_(-g * inverse)  # g/‖v‖·(dW − ⟨dW, u⟩u)
         return dv, dg
 
 

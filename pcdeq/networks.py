@@ -68,14 +68,13 @@ class Network(nn.Sequential):
     def forward(self, images: Tensor) -> Tensor:
         """Logits, shape (B, classes), of images of shape (B, C, H, W) in the parameters' dtype."""
         *features, classifier = self
-        dtype = classifier.weight.dtype
-        low = self.blocks[0].deq.gradient_dtype(dtype) == torch.bfloat16
+        low = self.blocks[0].deq.gradient_dtype(classifier.weight.dtype) == torch.bfloat16
         h = images
         # With precision "bf16" convolutions and the first linear layer run in bfloat16 as well.
         with torch.autocast(h.device.type, torch.bfloat16) if low else nullcontext():
             for layer in features:
                 h = layer(h)
-        return classifier(h.to(dtype))
+        return classifier(h)
 
     def clamp(self) -> None:
         """Projects the blocks' weights onto the nonnegative orthant, after an optimizer step."""

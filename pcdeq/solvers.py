@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 EPSILON = 1e-5  # in the denominator of the residual, so that z* = 0 is no special case
 BF16_TOL = 2.0**-8  # the unit roundoff of bfloat16: the least residual that it can be asked for
@@ -145,7 +146,7 @@ def refine(
         fz = f(z)
         iterations, full = iterations + 1, full + 1
         r = fz - z
-        residual = _relative(*_read([torch.linalg.vector_norm(r), torch.linalg.vector_norm(fz)]))
+        residual = _relative(*_read([vector_norm(r), vector_norm(fz)]))
         if residual < tol or iterations >= max_iter:
             return Solve(fz, iterations, full, residual, residual < tol)
         if plain is not None and not residual < before:  # NaN fails too
@@ -184,7 +185,7 @@ def _iterate(f: Map, z: Tensor | None, mix: Callable, tol: float, max_iter: int)
         for _ in range(max_iter - iterations):
             fz = f(z)
             r = fz if z is None else fz - z
-            norms += [torch.linalg.vector_norm(r), torch.linalg.vector_norm(fz)]
+            norms += [vector_norm(r), vector_norm(fz)]
             pending.append(fz)
             if len(pending) == CHECK_EVERY.get(fz.device.type, 1):
                 break
@@ -204,8 +205,8 @@ def _relative(change: float, size: float) -> float:
 
 def _sample_dots(a: Tensor, b: Tensor) -> Tensor:
     """⟨a, b⟩ of each sample, shape (B, 1, …)."""
-    # Channels last, in whose layout images are kept: the reshape is a view there.
-    rows = (t.movedim(1, -1).reshape(len(t), -1) for t in (a, b))
+    # Channels last, in whose layout images are kept: flattened, they are views.
+    rows = (t.movedim(1, -1).flatten(1) for t in (a, b))
     return torch.linalg.vecdot(*rows).view(-1, *(1 for _ in a.shape[1:]))
 
 

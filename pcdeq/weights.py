@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pcdeq.networks import DATASETS, NETWORKS, Network, build_network
+from pcdeq.networks import Network, build_network
 
-IDENTITY = ("network", "activation", "dataset", "augment", "classes")
+IDENTITY = {"network": str, "activation": str, "dataset": str, "augment": bool, "classes": int}
 
 
 class CheckpointError(ValueError):
@@ -66,7 +66,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
             f"{path} is no checkpoint of tensors and plain values, or is damaged: {_brief(error)}"
         ) from error
     model = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(model, dict) or not all(isinstance(v, Tensor) for v in model.values()):
+    if not isinstance(model, dict) or not all(map(_is_entry, model.items())):
         raise CheckpointError(f"{path} is no checkpoint: it holds no state dict of tensors")
     return content
 
@@ -87,7 +87,7 @@ def load_weights(model: Network, path: str | os.PathLike) -> None:
     """
     content = read_checkpoint(path)
     if "model" in content:
-        mine, theirs = describe(model), {key: content.get(key) for key in IDENTITY}
+        mine, theirs = describe(model), _identity(content, path)
         if mine != theirs:
             raise CheckpointError(f"{path} holds {_sentence(theirs)}, not {_sentence(mine)}")
     _load_state(model, content.get("model", content), path)
@@ -118,32 +118,55 @@ def load_network(
         CheckpointError: unreadable, contradicting the arguments, or needing them.
     """
     content = read_checkpoint(path)
+    state = content.get("model", content)
+    classifier = state.get("classifier.weight")
+    if classifier is None or classifier.ndim != 2:
+        raise CheckpointError(f"{path} holds no network of this collection: it has no classifier")
     asked = dict(zip(IDENTITY, (network, activation, dataset, augment), strict=False))
     if "model" in content:
-        identity = {key: content.get(key) for key in IDENTITY}
+        identity = _identity(content, path)
         for key, value in asked.items():
             if value is not None and value != identity[key]:
                 raise CheckpointError(
                     f"{path} holds {_sentence(identity)}: its {key} is not {value}"
                 )
-        if identity["network"] not in NETWORKS or identity["dataset"] not in DATASETS:
-            raise CheckpointError(f"{path} does not say which network it holds")
+        if identity["classes"] != len(classifier):
+            raise CheckpointError(
+                f"{path} holds {_sentence(identity)}, but a classifier of {len(classifier)}"
+            )
     else:
-        missing = [key for key in IDENTITY[:3] if asked[key] is None]
+        missing = [key for key in ("network", "activation", "dataset") if asked[key] is None]
         if missing:
             raise CheckpointError(
                 f"{path} is a plain state dict, which does not say its {' and '.join(missing)}: "
                 "name them"
             )
-        classifier = content.get("classifier.weight")
-        classes = len(classifier) if classifier is not None else 10
-        identity = {**asked, "augment": bool(augment), "classes": classes}
+        identity = {**asked, "augment": bool(augment), "classes": len(classifier)}
     try:
         model = build_network(*(identity[key] for key in IDENTITY), **solver_options)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} holds no network of this collection: {error}") from error
-    _load_state(model, content.get("model", content), path)
+    _load_state(model, state, path)
     return model.eval()
+
+
+def _is_entry(entry: tuple) -> bool:
+    """Whether it can be one of a state dict: a name and a plain tensor of real numbers."""
+    key, value = entry
+    return (
+        isinstance(key, str)
+        and isinstance(value, Tensor)
+        and (value.layout, value.device.type) == (torch.strided, "cpu")
+        and not value.is_complex()
+    )
+
+
+def _identity(content: dict, path: str | os.PathLike) -> dict:
+    """What the network of one of this project's checkpoints is."""
+    identity = {key: content.get(key) for key in IDENTITY}
+    if any(type(identity[key]) is not kind for key, kind in IDENTITY.items()):
+        raise CheckpointError(f"{path} does not say which network it holds")
+    return identity
 
 
 def _load_state(model: nn.Module, state: dict, path: str | os.PathLike) -> None:

@@ -5,6 +5,7 @@ own process, which has paid for importing torch; the stopped ones are the script
 them. The long part (``-m slow``) kills twenty runs at random moments, and ranks of torchrun.
 """
 
+import contextlib
 import csv
 import itertools
 import os
@@ -174,13 +175,10 @@ def test_a_disk_that_fills_up_or_goes_away_mid_run(whole, tmp_path, kind):
         process = start(SCRIPT, *flags(folder))
         until(lambda: epochs_done(folder) >= 2, process)
         if kind == "tmpfs":
-            with open(disk / "ballast", "wb") as ballast:
-                try:
-                    for _ in range(4000):
-                        ballast.write(bytes(1024))
-                        ballast.flush()
-                except OSError as error:
-                    print(error)
+            with open(disk / "ballast", "wb", buffering=0) as ballast:
+                while process.poll() is None:  # a renamed file frees what it replaces
+                    with contextlib.suppress(OSError):
+                        ballast.write(bytes(4096))
             reason = "No space left on device"
         else:
             os.rename(folder, disk / "elsewhere")
@@ -222,7 +220,7 @@ def test_damaged_files_are_one_sentence(whole, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
-    folder, single = tmp_path / "run", tmp_path / "single"
+    folder = tmp_path / "run"
     for done, processes in ((2, 2), (3, 1), (5, 2)):
         script = torchrun(processes, SCRIPT) if processes > 1 else [SCRIPT]
         status, out, err = run(*script, *flags(folder, epochs=done))
@@ -231,22 +229,21 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
         assert f"{processes} × " in lines[0]
         assert sum(line.startswith("  epoch") for line in lines) == 1  # rank 0 alone speaks
         assert epochs_done(folder) == done
-    go_on(single, epochs=5)
-    losses = [[float(row[2]) for row in metrics(run)] for run in (folder, single)]
-    # The same shuffles: only the batch statistics of each process's part differ.
-    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    losses = [float(row[2]) for row in metrics(folder)]
+    assert losses == sorted(losses, reverse=True)  # each part began where the one before ended
 
 
 @pytest.mark.slow
 def test_a_killed_rank_takes_torchrun_down_and_the_run_goes_on(tmp_path):
     folder = tmp_path / "run"
-    process = start(*torchrun(2, SCRIPT), *flags(folder, epochs=1000))
+    process = start(*torchrun(2, SCRIPT), *flags(folder, epochs=30))
     until(lambda: epochs_done(folder) >= 2, process)
     os.kill(children(process)[-1], signal.SIGKILL)
     _, err = process.communicate(timeout=120)
     assert process.returncode not in (0, None)
     assert "SIGKILL" in err or "Signal 9" in err
-    go_on(folder, epochs=epochs_done(folder) + 1)
+    go_on(folder, epochs=30)
+    assert epochs_done(folder) == 30
 
 
 @pytest.mark.slow
@@ -256,7 +253,7 @@ def test_a_lost_process_is_one_sentence_of_the_others(tmp_path, victim):
     folder = tmp_path / "run"
     address = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     ranks = [
-        start(SCRIPT, *flags(folder, epochs=1000), RANK=rank, LOCAL_RANK=rank, **address)
+        start(SCRIPT, *flags(folder, epochs=30), RANK=rank, LOCAL_RANK=rank, **address)
         for rank in range(2)
     ]
     until(lambda: epochs_done(folder) >= 2, ranks[0])
@@ -265,18 +262,20 @@ def test_a_lost_process_is_one_sentence_of_the_others(tmp_path, victim):
     ranks[victim].communicate()
     assert ranks[1 - victim].returncode == 1
     one_sentence(err, f"process {1 - victim} of 2 lost another one")
-    go_on(folder, epochs=epochs_done(folder) + 1)
+    go_on(folder, epochs=30)
+    assert epochs_done(folder) == 30
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_torchrun_stops_all_and_the_run_goes_on(tmp_path, number):
     folder = tmp_path / "run"
-    process = start(*torchrun(2, SCRIPT), *flags(folder, epochs=1000))
+    process = start(*torchrun(2, SCRIPT), *flags(folder, epochs=30))
     until(lambda: epochs_done(folder) >= 2, process)
     process.send_signal(number)
     _, err = process.communicate(timeout=120)
     assert process.returncode not in (0, None)
     assert f"{folder} holds the run up to epoch" in err
     assert not children(process)
-    go_on(folder, epochs=epochs_done(folder) + 1)
+    go_on(folder, epochs=30)
+    assert epochs_done(folder) == 30

@@ -175,6 +175,13 @@ def test_reading_residuals_late_changes_nothing(solver, tol, max_iter, monkeypat
         assert torch.equal(solve.z, results[0].z) and solve[1:] == results[0][1:]
 
 
+@every
+def test_an_empty_batch_is_solved_at_once(solver, monkeypatch):
+    monkeypatch.setitem(solvers.CHECK_EVERY, "cpu", 4)  # late reading mixes before it knows
+    solve = solver(lambda z: 0.5 * z, torch.ones(0, 3, 4, 4), tol=1e-4, max_iter=200)
+    assert solve.converged and solve.iterations == 1 and solve.z.shape == (0, 3, 4, 4)
+
+
 def test_reading_late_stops_at_the_first_that_meets_the_rule(monkeypatch):
     """Residuals that fall below the tolerance, rise again and fall again."""
     values = [8.0, 8.0001, 4.0, 4.0001, 2.0, 2.0001]
@@ -228,6 +235,19 @@ def test_anderson_takes_the_plain_step_where_a_residual_did_not_fall():
 
     anderson(f, None, tol=1e-9, max_iter=3)
     assert arguments == [None, 1.0, 3.0]
+
+
+def test_anderson_takes_the_plain_step_where_squares_underflow():
+    """‖r‖² falls from 3e-45 to 1e-45, the least float32; ‖Δr‖² is 0, and γ would be 0/0."""
+    values = iter([5e-23, 9e-23, 1e-22])
+    arguments = []
+
+    def f(z):
+        arguments.append(z)
+        return torch.full((1, 1), next(values))
+
+    anderson(f, None, tol=1e-30, max_iter=3)
+    assert torch.equal(arguments[2], torch.full((1, 1), 9e-23))
 
 
 def test_anderson_mixes_each_sample_on_its_own():

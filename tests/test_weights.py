@@ -1,0 +1,360 @@
+"""Checkpoints: what loads, and what is refused with a reason."""
+
+import copy
+import os
+import pickle
+import random
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pcdeq import CheckpointError, build_network, load_network, load_weights
+from pcdeq.networks import Network
+from pcdeq.weights import describe, read_checkpoint
+
+
+def perturbed(name: str = "linear_pcdeq_1", activation: str = "tanh", *args, **kwargs) -> Network:
+    """A network whose every state-dict entry differs from any other's."""
+    model = build_network(name, activation, *args, **kwargs)
+    for t in model.state_dict().values():
+        t.add_(torch.rand_like(t.float()).to(t.dtype) * 0.1 if t.is_floating_point() else 3)
+    return model.eval()
+
+
+def ours(model: Network, path: Path, **changes) -> Path:
+    torch.save({**describe(model), "model": model.state_dict(), **changes}, path)
+    return path
+
+
+def authors(model: Network, path: Path) -> Path:
+    """A bare state dict, as the authors' scripts save it."""
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def refusal(path: Path, model: Network | None = None) -> str:
+    """The sentence with which ``load_weights`` refuses, having changed nothing."""
+    model = model or build_network("linear_pcdeq_1", "tanh")
+    before = copy.deepcopy(model)
+    with pytest.raises(CheckpointError) as error:
+        load_weights(model, path)
+    sentence = str(error.value)
+    assert same(model, before)
+    assert sentence.startswith(str(path)) and "\n" not in sentence
+    return sentence.removeprefix(str(path))
+
+
+MODELS = [
+    ("linear_pcdeq_1", "softsign"),
+    ("single_conv_pcdeq_2", "sigmoid"),
+    ("multi_conv_pcdeq_1", "relu6", "cifar"),
+    ("multi_conv_pcdeq_1", "tanh", "svhn", False, 4),
+]
+every_model = pytest.mark.parametrize("arguments", MODELS, ids=["-".join(m[:2]) for m in MODELS])
+
+
+@every_model
+@pytest.mark.parametrize("save", [ours, authors])
+def test_weights_come_back(arguments, save, tmp_path):
+    model = perturbed(*arguments)
+    path = save(model, tmp_path / "best.pth")
+    fresh = build_network(*arguments)
+    load_weights(fresh, path)
+    assert same(fresh, model)
+    load_weights(fresh, str(path))  # a name will do
+
+
+@every_model
+def test_a_network_comes_back_from_its_file_alone(arguments, tmp_path):
+    model = perturbed(*arguments)
+    path = ours(model, tmp_path / "best.pth", training={"epoch": 3, "losses": [1.0, 0.5]})
+    loaded = load_network(path, solver="anderson", max_iter=50)
+    assert same(loaded, model) and describe(loaded) == describe(model)
+    assert not loaded.training
+    assert all(b.deq.solver == "anderson" and b.deq.max_iter == 50 for b in loaded.blocks)
+    x = torch.rand(2, *(1, 28, 28) if model.dataset == "mnist" else (3, 32, 32))
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+@every_model
+def test_the_authors_network_comes_back_when_named(arguments, tmp_path):
+    model = perturbed(*arguments)
+    path = authors(model, tmp_path / "authors.pth")
+    loaded = load_network(path, model.name, model.activation, model.dataset)
+    assert same(loaded, model) and describe(loaded) == describe(model)  # classes from the file
+
+
+def test_the_augmented_network(tmp_path):
+    model = perturbed("multi_conv_pcdeq_2", "sigmoid", "cifar", augment=True)
+    assert describe(load_network(ours(model, tmp_path / "a"))) == describe(model)
+    path = authors(model, tmp_path / "b")
+    assert same(load_network(path, "multi_conv_pcdeq_2", "sigmoid", "cifar", augment=True), model)
+    with pytest.raises(CheckpointError, match="another shape"):
+        load_network(path, "multi_conv_pcdeq_2", "sigmoid", "cifar")
+
+
+def test_a_checkpoint_is_tensors_and_plain_values(tmp_path):
+    model = perturbed()
+    content = read_checkpoint(ours(model, tmp_path / "best.pth"))
+    assert {k: v for k, v in content.items() if k != "model"} == {
+        "network": "linear_pcdeq_1",
+        "activation": "tanh",
+        "dataset": "mnist",
+        "augment": False,
+        "classes": 10,
+    }
+    assert all(isinstance(v, Tensor) and v.device.type == "cpu" for v in content["model"].values())
+
+
+def test_a_float64_network_takes_float32_weights(tmp_path):
+    model = perturbed()
+    double = build_network("linear_pcdeq_1", "tanh").double()
+    load_weights(double, ours(model, tmp_path / "best.pth"))
+    assert double.classifier.weight.dtype == torch.float64
+    assert same(double.float(), model)
+
+
+# Another network
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (("linear_pcdeq_2", "sigmoid"), "linear_pcdeq_2 with sigmoid for mnist, 10 classes"),
+        (("linear_pcdeq_1", "relu6"), "linear_pcdeq_1 with relu6 for mnist, 10 classes"),
+        (("multi_conv_pcdeq_1", "tanh"), "multi_conv_pcdeq_1 with tanh for mnist, 10 classes"),
+        (("linear_pcdeq_1", "tanh", "mnist", False, 7), "with tanh for mnist, 7 classes"),
+        (("multi_conv_pcdeq_1", "tanh", "cifar", True), "for cifar with augmentation, 10 classes"),
+    ],
+)
+def test_another_network_is_refused_and_both_are_named(arguments, named, tmp_path):
+    sentence = refusal(ours(perturbed(*arguments), tmp_path / "best.pth"))
+    assert named in sentence
+    assert "linear_pcdeq_1 with tanh for mnist, 10 classes" in sentence
+
+
+def test_another_data_set_of_equal_shapes_is_refused(tmp_path):
+    path = ours(perturbed("single_conv_pcdeq_1", "tanh", "svhn"), tmp_path / "best.pth")
+    sentence = refusal(path, build_network("single_conv_pcdeq_1", "tanh", "cifar"))
+    assert "for svhn" in sentence and "for cifar" in sentence
+
+
+@pytest.mark.parametrize(
+    "arguments, what",
+    [
+        (("single_conv_pcdeq_1", "tanh"), "it lacks linear1.bias and 1 more"),
+        (("linear_pcdeq_1", "tanh", "mnist", False, 7), "another shape of classifier.bias"),
+    ],
+)
+def test_the_authors_files_are_refused_where_keys_or_shapes_differ(arguments, what, tmp_path):
+    path = authors(perturbed(*arguments), tmp_path / "authors.pth")
+    sentence = refusal(path)
+    assert "linear_pcdeq_1 with tanh for mnist" in sentence
+    assert what in sentence
+
+
+def test_the_authors_files_do_not_say_their_variant(tmp_path):
+    model = perturbed("linear_pcdeq_2", "sigmoid")
+    load_weights(build_network("linear_pcdeq_1", "tanh"), authors(model, tmp_path / "a.pth"))
+
+
+@pytest.mark.parametrize("change", ["more", "fewer"])
+def test_foreign_and_missing_keys_are_named(change, tmp_path):
+    state = perturbed().state_dict()
+    if change == "more":
+        state |= {"bn9.weight": torch.ones(3), "bn9.bias": torch.ones(3)}
+    else:
+        del state["bn2.weight"]
+    torch.save(state, tmp_path / "authors.pth")
+    sentence = refusal(tmp_path / "authors.pth")
+    expected = "has an unknown bn9.bias and 1 more" if change == "more" else "lacks bn2.weight"
+    assert sentence.endswith(expected)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"network": "linear_pcdeq_2"},
+        {"activation": "relu6"},
+        {"dataset": "cifar"},
+        {"augment": True},
+    ],
+)
+def test_load_network_refuses_what_contradicts_the_file(asked, tmp_path):
+    path = ours(perturbed(), tmp_path / "best.pth")
+    ((key, value),) = asked.items()
+    with pytest.raises(CheckpointError, match=f"its {key} is not {value}"):
+        load_network(path, **asked)
+    assert load_network(path, "linear_pcdeq_1", "tanh", "mnist", augment=False)
+
+
+def test_load_network_says_what_a_plain_state_dict_does_not(tmp_path):
+    path = authors(perturbed(), tmp_path / "authors.pth")
+    with pytest.raises(CheckpointError, match="its network and activation and dataset: name"):
+        load_network(path)
+    with pytest.raises(CheckpointError, match=r"does not say its dataset: name"):
+        load_network(path, "linear_pcdeq_1", "tanh")
+    with pytest.raises(CheckpointError, match=r"no network of this collection.*sigmoid"):
+        load_network(path, "linear_pcdeq_1", "sigmoid", "mnist")
+
+
+STATE = {"a": torch.ones(2)}
+LINEAR = {"network": "linear_pcdeq_1", "activation": "tanh", "dataset": "mnist", "augment": False}
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [
+        {},
+        {**LINEAR},
+        {**LINEAR, "classes": "10"},
+        {**LINEAR, "classes": torch.tensor([1, 2])},
+        {**LINEAR, "classes": 10**13},
+        {**LINEAR, "classes": True},
+        {**LINEAR, "classes": 10, "network": ["linear_pcdeq_1"]},
+        {**LINEAR, "classes": 10, "network": "resnet18"},
+        {**LINEAR, "classes": 10, "dataset": {}},
+        {**LINEAR, "classes": 10, "augment": "no"},
+    ],
+)
+def test_an_identity_that_is_none_is_refused(identity, tmp_path):
+    path = tmp_path / "best.pth"
+    torch.save({**identity, "model": perturbed().state_dict()}, path)
+    refusal(path)
+    with pytest.raises(CheckpointError, match=r"best\.pth"):
+        load_network(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [torch.ones(2)],
+        torch.ones(2),
+        7,
+        {"model": 7},
+        {"model": {"a": 7}},
+        {"a": torch.ones(2), "b": "text"},
+        {1: torch.ones(2), "a": torch.ones(2)},
+        {"a": torch.eye(3).to_sparse()},
+        {"a": torch.ones(2, dtype=torch.complex64)},
+        {"a": torch.ones(2, device="meta")},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+def test_what_is_no_state_dict_is_refused(content, tmp_path):
+    torch.save(content, tmp_path / "file.pth")
+    assert "no checkpoint" in refusal(tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize("content", [{}, STATE, {"classifier.weight": torch.tensor(1.0)}])
+def test_a_state_dict_of_something_else_is_refused(content, tmp_path):
+    torch.save(content, tmp_path / "file.pth")
+    assert "for another network" in refusal(tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match="no classifier"):
+        load_network(tmp_path / "file.pth", "linear_pcdeq_1", "tanh", "mnist")
+
+
+# Damage
+
+
+def test_no_file_and_no_directory(tmp_path):
+    assert "no such file" in refusal(tmp_path / "none.pth")
+    assert "no such file" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"hello\n" * 1000, pickle.dumps({"a": 1})])
+def test_files_that_are_no_archive(content, tmp_path):
+    path = tmp_path / "file.pth"
+    path.write_bytes(content)
+    assert "is no checkpoint, or is damaged" in refusal(path)
+
+
+def test_an_archive_of_something_else(tmp_path):
+    path = tmp_path / "file.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data.txt", "hello")
+    assert "no checkpoint" in refusal(path)
+
+
+def test_a_file_in_the_old_format_of_torch(tmp_path):
+    path = tmp_path / "old.pth"
+    torch.save(perturbed().state_dict(), path, _use_new_zipfile_serialization=False)
+    assert "no checkpoint" in refusal(path)
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory) -> tuple[Network, bytes]:
+    model = perturbed()
+    return model, ours(model, tmp_path_factory.mktemp("intact") / "best.pth").read_bytes()
+
+
+def test_truncated_files(intact, tmp_path):
+    _, content = intact
+    path = tmp_path / "cut.pth"
+    for length in [1, 100, 4096, len(content) // 2, len(content) - 100, len(content) - 1]:
+        path.write_bytes(content[:length])
+        refusal(path)
+
+
+def test_flipped_bits_never_give_wrong_weights(intact, tmp_path):
+    """A flip in the padding between parts harms nothing; any other is refused."""
+    model, content = intact
+    path = tmp_path / "flipped.pth"
+    generator = random.Random(0)
+    harmless = 0
+    places = [generator.randrange(len(content)) for _ in range(60)]
+    places += [generator.randrange(3000) for _ in range(20)]  # the pickle and its neighbours
+    places += [len(content) - 1 - generator.randrange(1500) for _ in range(20)]  # the directory
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        fresh = build_network("linear_pcdeq_1", "tanh")
+        try:
+            load_weights(fresh, path)
+        except CheckpointError as error:
+            assert str(path) in str(error)
+        else:
+            assert same(fresh, model), place
+            harmless += 1
+    assert harmless < 20
+
+
+def test_a_flipped_weight_is_refused_by_its_checksum(intact, tmp_path):
+    """torch.load itself does not look at checksums: it would load this."""
+    model, content = intact
+    path = tmp_path / "flipped.pth"
+    place = content.index(model.linear1.weight.detach().numpy().tobytes()[:64]) + 5
+    damaged = bytearray(content)
+    damaged[place] ^= 16
+    path.write_bytes(damaged)
+    silently_wrong = torch.load(path, weights_only=True)["model"]["linear1.weight"]
+    assert not torch.equal(silently_wrong, model.linear1.weight)
+    assert "damaged: the checksum of" in refusal(path)
+
+
+class Malicious:
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+def test_nothing_in_a_file_is_executed(tmp_path):
+    trace, path = tmp_path / "trace", tmp_path / "evil.pth"
+    torch.save({"a": torch.ones(1), "b": Malicious(trace)}, path)
+    assert "no checkpoint of tensors and plain values" in refusal(path)
+    with pytest.raises(CheckpointError):
+        load_network(path)
+    assert not trace.exists()
+    torch.load(path, weights_only=False)
+    assert trace.exists()  # it would have run
