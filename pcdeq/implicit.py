@@ -133,10 +133,12 @@ class Equilibrium(nn.Module):
 
         def iteration(dtype: torch.dtype) -> Linearised:
             Wt, d, b = transposed.to(dtype), slope.to(dtype), grad.to(dtype)
-            return Linearised(
-                lambda g: apply(d * g, Wt, b),
-                lambda _: lambda v, r: apply(d * v, Wt, r),
-            )
+            y = torch.empty_like(d)  # σ'∘g, in the same memory in each iteration
+
+            def tangent(_: Tensor):
+                return lambda v, r: apply(torch.mul(d, v, out=y), Wt, r)
+
+            return Linearised(lambda g: apply(torch.mul(d, g, out=y), Wt, b), tangent)
 
         with torch.no_grad(), _no_autocast(z):
             slope = self.f.activation.derivative(z)

@@ -59,7 +59,7 @@ def picard(
         max_iter: largest number of evaluations; where it is reached, ``converged`` is false.
         nonnegative: for Anderson; a plain step stays where f maps to.
     """
-    return _iterate(f, z, lambda fz, r: fz, tol, max_iter)
+    return _iterate(f, z, lambda fz, r: (fz, r), tol, max_iter)
 
 
 def anderson(
@@ -78,20 +78,21 @@ def anderson(
         max_iter: as for ``picard``.
         nonnegative: project each mixed iterate onto the nonnegative orthant, where f is defined.
     """
-    f_before = r_before = size_before = None
+    f_before = r_before = square_before = None
 
-    def mix(fz: Tensor, r: Tensor) -> Tensor:
-        nonlocal f_before, r_before, size_before
-        size, mixed = _sample_dots(r, r), fz
+    def mix(fz: Tensor, r: Tensor) -> tuple[Tensor, Tensor | None]:
+        nonlocal f_before, r_before, square_before
+        square, mixed, spare = _sample_squares(r), fz, r_before
         if r_before is not None:
-            dr = r - r_before
-            gamma = _sample_dots(dr, r) / _sample_dots(dr, dr)
-            gamma = gamma.where((size < size_before) & gamma.isfinite(), 0)
+            change = _sample_squares(torch.sub(r, r_before, out=spare))
+            # ⟨Δr, r⟩ by polarisation: norms take one pass where a product takes two
+            gamma = (change + square - square_before) / (2 * change)
+            gamma = gamma.where((square < square_before) & gamma.isfinite(), 0).to(fz.dtype)
             mixed = torch.lerp(fz, f_before, gamma)  # f(z) − γ·Δf
             if nonnegative:
                 mixed.clamp_(min=0)
-        f_before, r_before, size_before = fz, r, size
-        return mixed
+        f_before, r_before, square_before = fz, r, square
+        return mixed, spare
 
     return _iterate(f, z, mix, tol, max_iter)
 
@@ -174,40 +175,49 @@ def refine(
 
 
 ROUGH_TOL = BF16_TOL  # of the first low-precision solve
-CORRECTION_TOL = 0.02  # of a correction: it is small already, a few percent of it are enough
+CORRECTION_TOL = 0.02  # of a correction: small already, a few percent of it are enough
 
 
-def _iterate(f: Map, z: Tensor | None, mix: Callable, tol: float, max_iter: int) -> Solve:
-    """Iterates z ← mix(f(z), f(z) − z) until f(z) meets the rule; reads residuals a few at once."""
-    iterations = 0
+def _iterate(
+    f: Map,
+    z: Tensor | None,
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]],
+    tol: float,
+    max_iter: int,
+) -> Solve:
+    """Iterates until f(z) meets the rule, reading residuals a few at a time.
+
+    ``mix(f(z), r)`` gives the next z, and a tensor whose memory the next residual r = f(z) − z may
+    take: fresh memory costs more than the subtraction.
+    """
+    iterations, spare = 0, None
     while True:
         pending, norms = [], []
         for _ in range(max_iter - iterations):
             fz = f(z)
-            r = fz if z is None else fz - z
+            r = fz.clone() if z is None else torch.sub(fz, z, out=spare)
             norms += [vector_norm(r), vector_norm(fz)]
             pending.append(fz)
             if len(pending) == CHECK_EVERY.get(fz.device.type, 1):
                 break
-            z = mix(fz, r)
+            z, spare = mix(fz, r)
         sizes = _read(norms)
         for fz, change, size in zip(pending, sizes[::2], sizes[1::2], strict=True):
             iterations += 1
             residual = _relative(change, size)
             if not residual >= tol or iterations == max_iter:  # NaN ends a solve too
                 return Solve(fz, iterations, iterations, residual, residual < tol)
-        z = mix(fz, r)
+        z, spare = mix(fz, r)
 
 
 def _relative(change: float, size: float) -> float:
     return change / (size + EPSILON)
 
 
-def _sample_dots(a: Tensor, b: Tensor) -> Tensor:
-    """⟨a, b⟩ of each sample, shape (B, 1, …)."""
-    # Channels last, in whose layout images are kept: flattened, they are views.
-    rows = (t.movedim(1, -1).flatten(1) for t in (a, b))
-    return torch.linalg.vecdot(*rows).view(-1, *(1 for _ in a.shape[1:]))
+def _sample_squares(t: Tensor) -> Tensor:
+    """‖·‖² of each sample, shape (B, 1, …), in float32 at least."""
+    dtype = torch.promote_types(t.dtype, torch.float32)
+    return vector_norm(t, dim=tuple(range(1, t.ndim)), keepdim=True, dtype=dtype).square_()
 
 
 def _read(scalars: list[Tensor]) -> list[float]:

@@ -19,7 +19,8 @@ from pcdeq.activations import allowed
 from pcdeq.experiments import cli, data, training
 from pcdeq.experiments.cli import guarded, main, parse
 from pcdeq.experiments.recipes import ROWS
-from pcdeq.experiments.runs import Interrupted, RunConfig, RunError
+from pcdeq.experiments.runs import RunConfig, RunError
+from pcdeq.experiments.signals import Interrupted
 from pcdeq.networks import DATASETS, NETWORKS, variant_of
 from pcdeq.weights import CheckpointError
 

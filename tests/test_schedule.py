@@ -15,8 +15,9 @@ from made_up import made_up_run
 from pcdeq.experiments.recipes import ROWS
 from pcdeq.experiments.reproduce import main
 from pcdeq.experiments.results import RECIPES, collect, read_metrics, read_results
-from pcdeq.experiments.runs import Interrupted, RunError
+from pcdeq.experiments.runs import RunError
 from pcdeq.experiments.schedule import Job, cores, picture, remaining, run_all
+from pcdeq.experiments.signals import Interrupted
 
 ROOT = Path(__file__).resolve().parents[1]
 LINEAR = RECIPES["mnist_linear_pcdeq_1_tanh"]

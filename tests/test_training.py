@@ -13,7 +13,8 @@ from processes import same, weights
 
 from pcdeq import build_network
 from pcdeq.experiments import data, runs, training
-from pcdeq.experiments.runs import Interrupted, RunConfig, RunError
+from pcdeq.experiments.runs import RunConfig, RunError
+from pcdeq.experiments.signals import Interrupted
 from pcdeq.experiments.training import Trainer, train
 from pcdeq.weights import CheckpointError
 
@@ -98,7 +99,7 @@ def test_figures_of_an_epoch_are_means_over_images_and_over_steps(monkeypatch, d
         return loss, right
 
     monkeypatch.setattr(trainer, "step", noted)
-    row = trainer.epoch(1, disable=True)
+    row = trainer.epoch(1)
     losses, rights, sizes, forward, backward, shares = zip(*steps, strict=True)
     assert sizes == (64, 64, 22) and set(shares) == {1.0}
     mean = sum(loss * n for loss, n in zip(losses, sizes, strict=True)) / 150
@@ -129,7 +130,7 @@ def test_an_epoch_sees_every_image_once_in_an_order_of_its_own(monkeypatch):
         orders.append([])
         crops.append([])
         trainer.config.seed = seed
-        trainer.epoch(epoch, disable=True)
+        trainer.epoch(epoch)
     assert all(sorted(order) == list(range(640)) for order in orders)
     assert orders[3] == orders[0] and crops[3] == crops[0]
     assert orders[0] != orders[1] != orders[2] != orders[0]
@@ -366,7 +367,7 @@ def test_memory_does_not_grow_with_the_steps():
     try:
         counts = []
         for epoch in (1, 2, 3):
-            trainer.epoch(epoch, disable=True)
+            trainer.epoch(epoch)
             counts.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
     finally:
         gc.enable()

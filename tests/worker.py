@@ -47,7 +47,7 @@ def train(processes: Processes, net: str, activation: str, count: int, batch: in
     )
     config = RunConfig("mnist", net, activation, 1e-3, 2, 1.5e-2, batch, 1)
     trainer = Trainer(network, train_set, config, processes)
-    rows = [trainer.epoch(epoch, disable=True) for epoch in (1, 2)]
+    rows = [trainer.epoch(epoch) for epoch in (1, 2)]
     processes.agree(network)
     test = evaluate(network, test_set, 15, processes=processes)
     figures = [value for row in rows for value in (row["train_loss"], row["train_acc"])]

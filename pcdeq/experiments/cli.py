@@ -26,7 +26,8 @@ from pcdeq.experiments.flags import (
     seed,
 )
 from pcdeq.experiments.recipes import DEFAULTS, ROWS, default_activation
-from pcdeq.experiments.runs import Interrupted, RunConfig, RunError, check_folder
+from pcdeq.experiments.runs import RunConfig, RunError, check_folder
+from pcdeq.experiments.signals import Interrupted
 from pcdeq.networks import check_network
 from pcdeq.weights import CheckpointError
 

@@ -19,7 +19,8 @@ from statistics import mean
 from typing import BinaryIO
 
 from pcdeq.experiments.results import read_metrics
-from pcdeq.experiments.runs import RunError, Signals
+from pcdeq.experiments.runs import RunError
+from pcdeq.experiments.signals import Signals
 from pcdeq.experiments.tables import duration
 
 try:

@@ -26,16 +26,8 @@ from pcdeq.experiments import data, machine
 from pcdeq.experiments.data import ImageSet
 from pcdeq.experiments.evaluation import evaluate
 from pcdeq.experiments.parallel import ALONE, Processes, first_line, join
-from pcdeq.experiments.runs import (
-    BEST,
-    CERTIFICATES,
-    LAST,
-    Run,
-    RunConfig,
-    RunError,
-    Signals,
-    best_of,
-)
+from pcdeq.experiments.runs import BEST, CERTIFICATES, LAST, Run, RunConfig, RunError, best_of
+from pcdeq.experiments.signals import Signals
 from pcdeq.implicit import PcDEQ
 from pcdeq.networks import Network, build_network
 from pcdeq.weights import CheckpointError, describe
@@ -96,15 +88,12 @@ class Trainer:
                 if not math.isfinite(solve.residual):
                     raise FloatingPointError(f"the {direction} solve of {name} is not finite")
 
-    def epoch(
-        self, epoch: int, after_step: Callable[[], None] = lambda: None, **bar: Any
-    ) -> dict[str, float]:
+    def epoch(self, epoch: int, after_step: Callable[[], None] = lambda: None) -> dict[str, float]:
         """One pass over the shuffled training set.
 
         Args:
             epoch: its number, from 1; decides learning rate, shuffle and augmentation.
             after_step: called after each step; what it raises ends the epoch.
-            bar: arguments of the tqdm bar.
 
         Returns:
             The first columns of ``metrics.csv``: means over images, and over blocks and steps.
@@ -128,8 +117,8 @@ class Trainer:
         deqs = [block.deq for block in self.network.blocks]
         loss = right = seen = forward = backward = unconverged = 0
         self.model.train()
-        with tqdm(batches, **bar) as progress:
-            for number, batch in enumerate(progress, 1):
+        with progress(processes, batches, desc=f"epoch {epoch}/{config.epochs}") as bar:
+            for number, batch in enumerate(bar, 1):
                 x, y = self.images.batch(processes.part(batch), augmentation)
                 try:
                     mean, hits = self.step(x, y, processes.share(batch))
@@ -141,7 +130,7 @@ class Trainer:
                     backward += deq.iter_backward
                     unconverged += not deq.forward_solve.converged
                     unconverged += not deq.backward_solve.converged
-                progress.set_postfix_str(f"loss {loss / seen:.4f}", refresh=False)
+                bar.set_postfix_str(f"loss {loss / seen:.4f}", refresh=False)
                 after_step()
         solves = len(batches) * len(deqs) * processes.world
         loss, right, seen, forward, backward, unconverged = processes.sum(
@@ -162,6 +151,12 @@ def generator(device: str | torch.device, *numbers: int) -> torch.Generator:
     """A generator seeded from all of ``numbers``, so that there is no state to carry along."""
     mixed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(mixed[0]))
+
+
+def progress(processes: Processes, *iterable: Any, **text: Any) -> tqdm:
+    """A bar of the first process, on a terminal only: a log file keeps no trail of bars."""
+    silent = None if processes.first else True
+    return tqdm(*iterable, leave=False, dynamic_ncols=True, disable=silent, **text)
 
 
 @dataclass(frozen=True)
@@ -227,7 +222,7 @@ def train(config: RunConfig) -> RunResult:
                     run.save(_checkpoint(trainer, result.rows))
                 say(_line(row, config))
         if config.certify and processes.first:
-            _certify(run, trainer.network, test_set, say)
+            _certify(run, trainer, test_set, say)
         say(str(result))
         return result
 
@@ -272,16 +267,14 @@ def _train_and_test(
 ) -> dict[str, Any]:
     """One row of ``metrics.csv``."""
     processes, start = trainer.processes, time.perf_counter()
-    # disable=None: a bar on a terminal only, and no trail of bars in a log file.
-    bar = {"leave": False, "dynamic_ncols": True, "disable": None if processes.first else True}
-    row = trainer.epoch(epoch, check, desc=f"epoch {epoch}/{trainer.config.epochs}", **bar)
+    row = trainer.epoch(epoch, check)
     processes.agree(trainer.network)
-    with tqdm(desc="test", unit="batch", **bar) as progress:
+    with progress(processes, desc="test", unit="batch") as bar:
         test = evaluate(
             trainer.network,
             test_set,
             processes=processes,
-            after_batch=lambda: (progress.update(), check()),
+            after_batch=lambda: (bar.update(), check()),
         )
     if not math.isfinite(test.loss):
         raise FloatingPointError(f"epoch {epoch}: the loss on the test set is {test.loss}")
@@ -314,10 +307,11 @@ def _restore(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> None:
         raise CheckpointError(f"{path} does not fit this run: {first_line(error)}") from None
 
 
-def _certify(run: Run, network: Network, test_set: ImageSet, say: Callable[[str], None]) -> None:
-    from pcdeq.experiments.certifying import certify_set, format_certificates
+def _certify(run: Run, trainer: Trainer, test_set: ImageSet, say: Callable[[str], None]) -> None:
+    from pcdeq.experiments.certifying import certify_set, format_certificates  # not every run's
 
-    certificates = certify_set(network, test_set)
+    with progress(trainer.processes, desc="certificates", unit="batch") as bar:
+        certificates = certify_set(trainer.network, test_set, after_batch=bar.update)
     run.write_json(CERTIFICATES, certificates)
     say(format_certificates(certificates))
 
