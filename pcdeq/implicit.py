@@ -177,10 +177,12 @@ class _AtEquilibrium(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor) -> tuple[None, Tensor, Tensor, None]:
+    def backward(ctx, g: Tensor) -> tuple[None, Tensor, Tensor | None, None]:
         (z,) = ctx.saved_tensors
         equilibrium = ctx.equilibrium
         y = equilibrium.f.activation.derivative(z).mul_(g)
+        if not ctx.needs_input_grad[2]:
+            return None, y, None, None
         dtype = equilibrium.gradient_dtype(z.dtype)
         with _no_autocast(z):
             dW = equilibrium.f.W.weight_gradient(z.to(dtype), y.to(dtype)).to(z.dtype)

@@ -90,9 +90,9 @@ def predicted_iterations(
 
     Let l_m = fᵐ(0) and θ = minᵢ (l_m)ᵢ/uᵢ ≤ minᵢ (l_m)ᵢ/z*ᵢ. fᵐ is concave with fixed point z*:
     z ≥ (1 − q)z* gives fᵐ(z) ≥ (1 − q)fᵐ(z*) + q fᵐ(0) ≥ (1 − q(1 − θ))z*. Hence by induction
-    0 ≤ z* − l_{km} ≤ (1 − θ)ᵏz* =: q z*. The next step then is at most q‖z*‖ long, and ends at a
-    norm of at least (1 − q)‖z*‖: the rule ‖step‖/(‖z‖ + 1e-5) < tol holds at evaluation km + 1 if
-    q ≤ tol/(1 + tol). ln tol/ln ρ is no such bound: ρ is the rate at z*, not on the way there.
+    l_{km} ≥ (1 − q)z*, q = (1 − θ)ᵏ, and the step from z = l_{km} is f(z) − z ≤ f(z) − (1 − q)z*
+    ≤ q f(z): the rule ‖f(z) − z‖/(‖f(z)‖ + 1e-5) < tol holds at evaluation km + 1 once q ≤ tol.
+    ln tol/ln ρ is no such bound: ρ is the rate at z*, not on the way there.
 
     The iterates at hand are float32 ones of (1 − δ)f, which lie below; the rounding errors of
     plain float32 sums, at most (n + 8)·2⁻²⁴ relatively for each step, are taken off θ.
@@ -111,7 +111,7 @@ def predicted_iterations(
     for m, iterate in ladder.items():
         theta = (iterate * inverse).flatten(1).amin(1).double()
         theta = (theta * (1 - (m * (operator.terms + 8) + 4) * 2.0**-24)).clamp_(0, 1 - 2.0**-24)
-        powers = torch.ceil(math.log(tol / (1 + tol)) / torch.log1p(-theta))  # k; 0 ↦ ∞
+        powers = torch.ceil(math.log(tol) / torch.log1p(-theta))  # k; 0 ↦ ∞
         fewest = torch.minimum(fewest, m * powers.abs())
     return fewest + 1
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from truth import block_of, digits, random_weight, trained
+from truth import block_of, digits, random_weight, spectral_radius, trained
 
 from pcdeq import ACTIVATIONS, PcDEQConv2d, PcDEQLinear, build_network, certify
 from pcdeq.certificates import history
@@ -177,6 +177,21 @@ def test_a_gradient_that_may_not_converge_is_not_certified():
     assert c.width.max() < 1e-4
     block.deq.max_iter = 200
     assert certificate(block, torch.tensor([[0.01]])).holds
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.5])
+def test_rates_hold_at_the_fixed_point_and_at_the_output(factor):
+    """The J of the implicit gradient is taken at ẑ, wherever the solve has left it."""
+    block = block_of(random_weight(6, 1.5, 1.0, 4), "tanh")
+    x = torch.full((1, 6), 0.05)
+    exact = certificate(block, x)
+    block.deq._solve_forward = lambda x, weight: (factor * exact.lower).float()
+    c = certificate(block, x)
+    weight = block.deq.f.W.weight().detach().double()
+    for z in (exact.lower, factor * exact.lower):
+        slopes = 1 / (z @ weight.t() + x).cosh() ** 2
+        radius = spectral_radius(slopes.t() * weight)
+        assert c.rate_lower[0] <= radius + 1e-6 and radius - 1e-6 <= c.rate_upper[0]
 
 
 @pytest.mark.parametrize("name, activation", [NETS[0], NETS[3], CONVS[1]])

@@ -104,7 +104,7 @@ def test_they_meet_on_trained_linear_blocks(activation, brightness):
     assert (upper - lower).max() < 0.01
     z = (found.lower + found.upper) / 2
     if activation == "relu6" and brightness > 1:
-        assert ((found.lower > 5.9999).sum(1) > 5).all()
+        assert ((found.lower > 5.9999).sum(1) > 5).double().mean() > 0.9
     slopes = operator.slope(operator.argument(z, x.double()), -1)
     for i in range(0, 100, 9):
         radius = spectral_radius(slopes[i, :, None] * operator.weight)
@@ -165,7 +165,7 @@ def check_iterations(block, x, tol: float, most: int = 3000) -> None:
             assert predicted[i] >= (solve.iterations if solve.converged else most)
 
 
-@given(problems(), st.sampled_from([1e-2, 1e-4, 1e-5]))
+@given(problems(), st.sampled_from([0.3, 1e-2, 1e-4, 1e-5]))
 @settings(deadline=None, max_examples=200)
 def test_no_plain_solve_takes_longer_than_predicted(problem, tol):
     check_iterations(*problem, tol)
