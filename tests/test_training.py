@@ -29,20 +29,17 @@ def config_of(out, **flags):
 @pytest.fixture(autouse=True)
 def digits(monkeypatch):
     """640 digits to train on, cropped and flipped, so that every generator counts; 250 to test."""
-    load = data.load
+    load, sizes = data.load, {"train": 640}
 
     def few(*arguments, **flags):
-        train_set, test_set, classes = load(*arguments, **flags)
-        size = sizes["train"]
-        train_set = data.ImageSet(
-            train_set.images[::5][:size], train_set.labels[::5][:size], (0.0,), (1.0,), augment=True
-        )
-        return train_set, data.ImageSet(*halves(test_set), (0.0,), (1.0,)), classes
+        full_train, full_test, classes = load(*arguments, **flags)
+        train_set = few_of(full_train, 5, sizes["train"], augment=True)
+        return train_set, few_of(full_test, 4, 250, augment=False), classes
 
-    def halves(images):
-        return images.images[::4], images.labels[::4]
+    def few_of(images, every, size, augment):
+        pick = slice(0, every * size, every)
+        return data.ImageSet(images.images[pick], images.labels[pick], (0.0,), (1.0,), augment)
 
-    sizes = {"train": 640}
     monkeypatch.setattr(data, "load", few)
     return sizes
 
