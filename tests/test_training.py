@@ -82,11 +82,12 @@ def test_a_step_is_the_one_written_out():
 def test_figures_of_an_epoch_are_means_over_images_and_over_steps(monkeypatch, digits):
     digits["train"] = 150  # 64, 64 and 22
     images, _, _ = data.load("mnist", sample=True)
-    network = build_network("linear_pcdeq_1", "tanh")
+    network = build_network("linear_pcdeq_1", "tanh").eval()
     trainer = Trainer(network, images, config_of("unused"))
     steps, plain = [], trainer.step
 
     def noted(x, y, share):
+        assert network.training
         loss, right = plain(x, y, share)
         deq = network.block.deq
         steps.append((loss, right, len(y), deq.iter_forward, deq.iter_backward, share))
