@@ -144,7 +144,8 @@ def test_a_folder_that_cannot_be_written_is_refused_and_nothing_is_made(tmp_path
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"net": "linear_pcdeq_1"}', "\x00\xff"])
 def test_a_damaged_config_is_named(finished, content):
-    (finished.folder / runs.CONFIG).write_text(content)
+    path = finished.folder / runs.CONFIG
+    path.write_text(content or path.read_text().replace('"epochs": 3', '"epochs": "3"'))
     with pytest.raises(RunError, match=r"config\.json"):
         check_folder(replace(finished, resume=True))
 
@@ -192,6 +193,14 @@ def test_a_file_is_flushed_then_renamed_then_the_folder_is_flushed(tmp_path, dis
     assert flushed.st_ino == path.stat().st_ino and flushed.st_size == 7
     assert (temporary.parent, renamed) == (tmp_path, path)
     assert folder.st_ino == tmp_path.stat().st_ino
+
+
+def test_what_a_kill_left_half_written_goes(finished):
+    (finished.folder / ".best.pth.tmp").write_bytes(b"half")
+    Run(replace(finished, resume=True)).begin(HERE)
+    assert sorted(os.listdir(finished.folder)) == sorted(
+        (runs.CONFIG, runs.METRICS, runs.BEST, runs.LAST)
+    )
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

@@ -271,11 +271,12 @@ def test_what_is_not_finite_stops_the_run_and_keeps_the_last_good_weights(
 
     def poisoned(trainer, x, y, share):
         if next(count) == 13:  # ten steps an epoch
-            if where == "backward":
-                handle = trainer.network.block.register_forward_hook(
-                    lambda block, args, z: z.register_hook(lambda g: g * math.inf) and None
-                )
-                assert handle
+            if where == "backward":  # what reaches the block from above it overflows
+
+                def overflow(layer, arguments, out):
+                    out.register_hook(lambda gradient: gradient * math.inf)
+
+                trainer.network.bn2.register_forward_hook(overflow)
             else:
                 torch.nn.init.constant_(trainer.network.get_submodule(where).bias, math.inf)
                 trainer.network.get_submodule(where).bias.data[0] = math.nan

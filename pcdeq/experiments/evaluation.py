@@ -19,6 +19,8 @@ from pcdeq.experiments.data import ImageSet
 from pcdeq.experiments.parallel import ALONE, Processes
 from pcdeq.networks import Network
 
+BATCH_SIZE = 500
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -47,7 +49,7 @@ class Evaluation:
 def evaluate(
     model: Network,
     images: ImageSet,
-    batch_size: int = 500,
+    batch_size: int = BATCH_SIZE,
     *,
     processes: Processes = ALONE,
     after_batch: Callable[[], None] = lambda: None,

@@ -170,7 +170,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise RunError(f"{path} cannot be read: {error}") from None
-    if not isinstance(config, dict) or not FLAGS.keys() <= config.keys():
+    kinds = {"epochs": int, "earlier": list}
+    if (
+        not isinstance(config, dict)
+        or not FLAGS.keys() <= config.keys()
+        or not all(isinstance(config.get(name), kind) for name, kind in kinds.items())
+    ):
         raise RunError(f"{path} is not the config.json of a run")
     return config
 
@@ -181,7 +186,7 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         RunError: the disk is full, the folder is gone, or whatever else the system says.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     try:
         try:
             with open(temporary, "wb") as file:
@@ -196,6 +201,10 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError as error:
         message = f"{path} cannot be written ({error.strerror}); what was there before is intact"
         raise RunError(message) from None
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -229,6 +238,8 @@ class Run:
         earlier = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for name in (CONFIG, METRICS, BEST, LAST):  # what a kill in the middle of a write left
+                _temporary(self.folder / name).unlink(missing_ok=True)
             if self.config.overwrite:  # last.pth first: what is left of a run must not resume
                 for name in (LAST, BEST, METRICS, CERTIFICATES):
                     (self.folder / name).unlink(missing_ok=True)

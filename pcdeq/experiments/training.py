@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from pcdeq.experiments import data, machine
 from pcdeq.experiments.data import ImageSet
-from pcdeq.experiments.evaluation import evaluate
+from pcdeq.experiments.evaluation import BATCH_SIZE, evaluate
 from pcdeq.experiments.parallel import ALONE, Processes, first_line, join
 from pcdeq.experiments.runs import BEST, CERTIFICATES, LAST, Run, RunConfig, RunError, best_of
 from pcdeq.experiments.signals import Signals
@@ -269,7 +269,8 @@ def _train_and_test(
     processes, start = trainer.processes, time.perf_counter()
     row = trainer.epoch(epoch, check)
     processes.agree(trainer.network)
-    with progress(processes, desc="test", unit="batch") as bar:
+    batches = math.ceil(len(test_set) / BATCH_SIZE / processes.world)
+    with progress(processes, total=batches, desc="test", unit="batch") as bar:
         test = evaluate(
             trainer.network,
             test_set,
