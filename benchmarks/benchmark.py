@@ -208,7 +208,7 @@ def installed_torchdeq() -> tuple[str, ...]:
 def peak_memory(name: str, row: Row, seed: int) -> dict[str, float]:
     """MiB by which three steps raise the peak resident memory of this process."""
     images, _, _ = data.load(row.dataset, root="data", sample=True)
-    network = trained(row, images, seed)
+    network = trained(replace(row, training_steps=0), images, seed)
     x, y = images.batch(slice(0, BATCH))
     if name not in OPTIONS:
         x = x.contiguous(memory_format=torch.contiguous_format)
