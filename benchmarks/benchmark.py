@@ -14,6 +14,7 @@ import fnmatch
 import functools
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -284,13 +285,13 @@ def alone(**arguments) -> dict:
 # The report
 
 
-def table(row: Row, report: dict[str, dict], memory: dict[str, float]) -> str:
+def table(row: Row, report: dict[str, dict]) -> str:
     """One row's contestants as a Markdown table."""
     base, B = report[TEXTBOOK]["seconds"], report[BARE]["seconds"]
     torchdeq = {name: report[name]["seconds"] for name in TORCHDEQ if name in report}
     heads = ["", "ms", "textbook / it", "it / B", *(f"{name} / it" for name in torchdeq)]
-    heads += ["iterations forward", "backward", "of them float32", "peak MiB"]
-    lines = [f"**{row.name}**, {row.training_steps} training steps", "", "| " + " | ".join(heads)]
+    heads += ["iterations forward", "backward", "of them float32"]
+    lines = [f"**{row.name}**, {row.training_steps} training steps", "", line(heads)]
     lines += ["|" + " --- |" * len(heads)]
     for name, figures in report.items():
         spent = figures["seconds"]
@@ -299,21 +300,35 @@ def table(row: Row, report: dict[str, dict], memory: dict[str, float]) -> str:
         cells += [
             ", ".join(map(str, figures.get(key, []))) for key in ("forward", "backward", "full")
         ]
-        cells += [f"{memory[name]:.0f}" if name in memory else ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines).replace("peak MiB\n", "peak MiB |\n")
+        lines.append(line(cells))
+    return "\n".join(lines)
+
+
+def memory_table(seed: int) -> str:
+    """Peak memory of a step, each row and contestant in a process of its own."""
+    names = [TEXTBOOK, *OPTIONS, *installed_torchdeq()]
+    lines = ["**Peak memory of a step**, MiB above the network, its data and its libraries", ""]
+    lines += [line(["", *(row.name for row in ROWS)]), "|" + " --- |" * (len(ROWS) + 1)]
+    for name in names:
+        peaks = (alone(name=name, row=index, seed=seed)["MiB"] for index in range(len(ROWS)))
+        lines.append(line([name, *(f"{peak:.0f}" for peak in peaks)]))
+    return "\n".join(lines)
+
+
+def line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", default="*", help="pattern of row names (default: all)")
+    parser.add_argument("--rows", default="*", help="pattern of names, epoch and memory among them")
     parser.add_argument("--rounds", type=int, help="rounds (default: 7 to 300, by the row)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    keep_freed_memory()
     if args.alone:
         task = json.loads(args.alone)
         what = peak_memory if "row" in task else epoch
@@ -326,21 +341,17 @@ def main() -> None:
         f"{where['processor']}, {amx()}, {where['threads']} threads, "
         f"torch {where['versions']['torch']}, batch {BATCH}, medians of interleaved rounds\n"
     )
-    for index, row in enumerate(ROWS):
+    for row in ROWS:
         if not fnmatch.fnmatch(row.name, args.rows):
             continue
         images, _, _ = data.load(row.dataset, root="data", sample=True)
         report = measure(row, images, args.seed, args.rounds)
-        memory = {}
-        if not args.no_memory and sys.platform == "linux":
-            for name in report:
-                if name != BARE:
-                    memory[name] = alone(name=name, row=index, seed=args.seed)["MiB"]
-        print(table(row, report, memory), end="\n\n", flush=True)
+        print(table(row, report), end="\n\n", flush=True)
     if fnmatch.fnmatch("epoch", args.rows):
-        print(
-            epoch_table([(alone(name=TEXTBOOK, seed=s), alone(name="", seed=s)) for s in range(3)])
-        )
+        turns = [(alone(name=TEXTBOOK, seed=s), alone(name="", seed=s)) for s in range(5)]
+        print(epoch_table(turns), end="\n\n", flush=True)
+    if fnmatch.fnmatch("memory", args.rows) and sys.platform == "linux":
+        print(memory_table(args.seed))
 
 
 def epoch_table(turns: list[tuple[dict, dict]]) -> str:
@@ -353,6 +364,17 @@ def epoch_table(turns: list[tuple[dict, dict]]) -> str:
         peak = statistics.median(turn[i]["MiB"] for turn in turns)
         lines.append(f"| {name} | {spent:.1f} | {theirs / spent:.1f} | {peak:.0f} |")
     return "\n".join(lines)
+
+
+def keep_freed_memory() -> None:
+    """Starts this script again with a glibc that keeps freed memory for the next allocation.
+
+    Else what one contestant frees goes back to the system, and the next one in turn pays for
+    getting it again, page by page: ten contestants in one process would disturb one another.
+    """
+    keep = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
+    if sys.platform == "linux" and not keep.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | keep)
 
 
 def amx() -> str:
