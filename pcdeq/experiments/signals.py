@@ -1,4 +1,9 @@
-"""SIGINT and SIGTERM end a run between two steps, never in the middle of one."""
+"""SIGINT and SIGTERM end a run between two steps; a second one ends it at once.
+
+Python calls a signal's handler between two operations of the main thread, so the first signal waits
+by itself. The second one must not: a step can take long, or hang where another process is gone. So
+each signal also arrives as a byte in a pipe (``signal.set_wakeup_fd``), where a thread counts them.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,8 @@ import os
 import signal
 import threading
 from types import FrameType, TracebackType
+
+NUMBERS = (signal.SIGINT, signal.SIGTERM)  # from the keyboard; from Slurm, torchrun and kill
 
 
 class Interrupted(Exception):
@@ -21,10 +28,9 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """SIGINT and SIGTERM (what Slurm sends) end a run between two steps; a second one at once.
+    """The context in which a signal is noted, and ``check`` raises ``Interrupted`` for it.
 
-    Inside this context a signal is noted, and ``check`` raises ``Interrupted`` for it. Outside of
-    the main thread, where Python takes no signals, nothing changes.
+    Outside of the main thread, where Python takes no signals, nothing changes.
 
     Attributes:
         advice: how to go on, the end of the message; without it there is no message.
@@ -34,15 +40,16 @@ class Signals:
         self.number, self.advice = 0, ""
 
     def __enter__(self) -> Signals:
-        self._before = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            reader, self._writer = os.pipe()
+            os.set_blocking(self._writer, False)
+            self._wakeup = signal.set_wakeup_fd(self._writer)
+            threading.Thread(target=_end_at_the_second, args=(reader,), daemon=True).start()
+            self._handlers = [signal.signal(number, self._note) for number in NUMBERS]
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.number:
-            os._exit(128 + number)
         self.number = number
 
     def check(self) -> None:
@@ -57,7 +64,19 @@ class Signals:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        if self._main:
+            for number, handler in zip(NUMBERS, self._handlers, strict=True):
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._wakeup)
+            os.close(self._writer)
         if isinstance(error, RuntimeError):  # another process heard it first, and is gone
             self.check()
+
+
+def _end_at_the_second(reader: int) -> None:
+    heard = 0
+    with open(reader, "rb", buffering=0) as pipe:
+        while byte := pipe.read(1):  # until the other end is closed
+            heard += byte[0] in NUMBERS
+            if heard == 2:
+                os._exit(128 + byte[0])
