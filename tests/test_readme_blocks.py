@@ -30,7 +30,11 @@ python train_cifar.py -net multi_conv_pcdeq_1 --device cuda
 ````bash
 echo '```python'
 ```
+python evaluate.py last.pth
 ````
+```bash
+python train_svhn.py -net single_conv_pcdeq_1   # two days
+```
 1. in a list
    ~~~python
    for i in range(3):
@@ -38,9 +42,6 @@ echo '```python'
 
    print("python train_mnist.py -epochs 3")
    ~~~
-```bash
-python train_svhn.py -net single_conv_pcdeq_1   # two days
-```
 ```bibtex
 @inproceedings{pcdeq}
 ```
@@ -50,18 +51,19 @@ python train_svhn.py -net single_conv_pcdeq_1   # two days
 def test_blocks_are_found_with_their_languages_and_lines():
     found = tool.blocks(DOCUMENT)
     assert [(block.language, block.line) for block in found] == [
-        ("bash", 2), ("text", 7), ("bash", 10), ("python", 15), ("bash", 21), ("bibtex", 24),
+        ("bash", 2), ("text", 7), ("bash", 10), ("bash", 15), ("python", 19), ("bibtex", 25),
     ]  # fmt: skip
-    assert found[2].text == "echo '```python'\n```\n"
-    assert found[3].text.startswith("for i in range(3):\n    print(i)\n\nprint(")
+    assert found[2].text == "echo '```python'\n```\npython evaluate.py last.pth\n"
+    assert found[4].text.startswith("for i in range(3):\n    print(i)\n\nprint(")
 
 
 def test_bash_and_python_become_scripts_and_the_first_two_of_bash_stay_as_written():
     made = tool.scripts(DOCUMENT)
-    assert list(made) == ["01.bash", "02.bash", "03.py", "04.bash"]
+    assert list(made) == ["01.bash", "02.bash", "03.bash", "04.py"]
     assert made["01.bash"].endswith("-net linear_pcdeq_1 -epochs 10\n")
-    assert made["03.py"].endswith('print("python train_mnist.py -epochs 3")\n')
-    assert "-epochs 1 --sample -net single_conv_pcdeq_1 " in made["04.bash"]
+    assert made["02.bash"].endswith("python evaluate.py last.pth\n")
+    assert "-epochs 1 --sample -net single_conv_pcdeq_1 " in made["03.bash"]
+    assert made["04.py"].endswith('print("python train_mnist.py -epochs 3")\n')
 
 
 @pytest.mark.parametrize("language", ["", "sh", "console", "py", "bash title=x", "Bash"])
