@@ -1,7 +1,7 @@
 """σ: the concave activations of pcDEQ layers.
 
 Each σ is nondecreasing, bounded and concave on [0, ∞), which makes z ↦ σ(Wz + x) with W ≥ 0 a
-positive concave mapping (Gabor, Piotrowski, Cavalcante, ICML 2024, Section 4). Where σ(0) = 0 the
+positive concave mapping (Gabor, Piotrowski, Cavalcante, ICML 2024). Where σ(0) = 0 the
 input x must be strictly positive (pcDEQ-1); where σ(0) > 0 it may be any nonnegative x (pcDEQ-2).
 
 The derivative is written in the function's own value v = σ(s): a fixed point z* = σ(Wz* + x) is

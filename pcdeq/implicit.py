@@ -3,7 +3,7 @@
 Forward, a solver finds z* without recording a graph. One recorded node then stands for the last
 evaluation of f at z*, and a hook on its output turns ∂L/∂z* into the solution g of the adjoint
 equation g = Jᵀg + ∂L/∂z*, J = ∂f/∂z at z*, before the node hands g on to x and W (Bai, Kolter,
-Koltun, NeurIPS 2019; paper, Section 4.4). Memory is one activation, whatever the iterations.
+Koltun, NeurIPS 2019). Memory is one activation, whatever the iterations.
 
 At the fixed point σ'(Wz* + x) is known from z* = σ(Wz* + x) itself: neither the node nor the
 hook evaluates the layer again.
@@ -192,7 +192,7 @@ class _AtEquilibrium(torch.autograd.Function):
 class PcDEQ(nn.Module):
     """A pcDEQ layer: injection and equilibrium, h ↦ z* = σ(Wz* + x), x = inject(h).
 
-    The variant follows from the activation (paper, Section 4): tanh, softsign and relu6 make
+    The variant follows from the activation: tanh, softsign and relu6 make
     pcDEQ-1, whose x = softplus(h), beta 5, is strictly positive; sigmoid makes pcDEQ-2, whose
     x = relu(h) is nonnegative. It computes in its parameters' precision, whatever comes in, also
     under ``torch.autocast``.

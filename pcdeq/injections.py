@@ -1,7 +1,6 @@
 """x = inject(h): what makes a block's input positive, as its variant needs it.
 
-pcDEQ-1 needs x > 0 and takes softplus with β = 5; pcDEQ-2 needs x ≥ 0 and takes ReLU (paper,
-Section 5).
+pcDEQ-1 needs x > 0 and takes softplus with β = 5; pcDEQ-2 needs x ≥ 0 and takes ReLU.
 """
 
 import functools

@@ -2,7 +2,7 @@
 
 W is a bias-free linear map or 3×3 convolution, kept in weight normalisation W = g·v/‖v‖ over its
 output rows (Salimans and Kingma, 2016) with v ≥ 0 and g ≥ 0, so that projecting the two parameters
-onto the nonnegative orthant after each optimizer step keeps W there (projected AdamW, Section 4.3).
+onto the nonnegative orthant after each optimizer step keeps W there (projected AdamW).
 
 A solve uses one W many times: ``weight()`` forms it once, and ``apply`` is the bare map. The
 transpose of such a map is a map of the same kind, with the transposed matrix or the flipped kernel,
@@ -123,7 +123,7 @@ class ConcaveLayer(nn.Module):
 
 
 class _WeightNorm(torch.autograd.Function):
-    """W = g·v/‖v‖ by rows, with its gradient (Salimans and Kingma, 2016, equation 3).
+    """W = g·v/‖v‖ by rows, with its gradient (Salimans and Kingma, 2016).
 
     Plain weight normalisation gives NaN for a row v = 0, which a projection can produce: here such
     a row gives W = 0 and no gradient.

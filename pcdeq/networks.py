@@ -1,4 +1,4 @@
-"""The six networks of the paper (Section 5), each a sequence of layers around pcDEQ blocks.
+"""The six networks of the paper, each a sequence of layers around pcDEQ blocks.
 
 A network is an ``nn.Sequential`` whose named children stand in the order of the forward pass, so
 reading a builder is reading the pass. Names and the order of random draws are those of the

@@ -2,7 +2,7 @@
 
 A solve ends at the first evaluation whose residual, over the whole batch tensor, satisfies
 
-    ‖f(z) − z‖₂ / (‖f(z)‖₂ + 1e-5) < tol                            (paper, Section 5)
+    ‖f(z) − z‖₂ / (‖f(z)‖₂ + 1e-5) < tol
 
 and returns f(z). Two iterations are offered: Picard, z ← f(z), which converges geometrically from
 any nonnegative start when f is a positive concave mapping; and Anderson acceleration of depth one

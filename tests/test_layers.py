@@ -139,7 +139,7 @@ def test_concave_layer_is_sigma_of_w_z_plus_x(kind, activation):
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**31), factor=st.floats(1.001, 50))
 def test_layer_is_monotone_and_scalable(kind, activation, seed, factor):
-    """The two properties of a standard interference mapping (paper, Section 3)."""
+    """The two properties of a standard interference mapping."""
     torch.manual_seed(seed)
     layer = ConcaveLayer(make(kind), activation)
     z, x = signal(kind).abs(), signal(kind).abs() + 1e-3

@@ -1,7 +1,7 @@
 """One step, one epoch, one run.
 
 A step is projected AdamW: the gradient through the equilibria, the optimizer's step, and every
-block's weight back onto the nonnegative orthant (paper, Section 4.4). An epoch is a loop over the
+block's weight back onto the nonnegative orthant. An epoch is a loop over the
 indices of one shuffle, since the data set is a tensor on the device. A run is epochs, with a test
 pass and a checkpoint behind each. The shape of this file is that of minGPT's trainer.
 """
