@@ -17,6 +17,7 @@ from truth import (
     is_below,
     random_weight,
     trained,
+    weights_and_inputs,
 )
 
 from pcdeq import ACTIVATIONS
@@ -26,13 +27,8 @@ from pcdeq.enclosures import Operator, enclose, product
 @st.composite
 def problems(draw):
     """A block and one x: nonnegative W, x from 1e-8 to 1e3 (0 too where σ(0) > 0)."""
-    activation = draw(st.sampled_from(list(ACTIVATIONS)))
-    n = draw(st.integers(1, 5))
-    radius = draw(st.one_of(st.floats(0, 2), st.floats(0, 50)))
-    density = draw(st.sampled_from([0.2, 0.6, 1.0]))
-    W = random_weight(n, radius, density, draw(st.integers(0, 2**16)))
-    exponents = draw(st.lists(st.floats(-8, 3), min_size=n, max_size=n))
-    x = 10 ** torch.tensor(exponents, dtype=torch.float64)
+    activation, W, x = draw(weights_and_inputs(most=5))
+    n = len(W)
     if activation == "sigmoid":
         x = x * torch.tensor(draw(st.lists(st.booleans(), min_size=n, max_size=n)))
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))

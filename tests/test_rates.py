@@ -14,9 +14,9 @@ from truth import (
     injected,
     jacobian_exactly,
     radius_exactly,
-    random_weight,
     spectral_radius,
     trained,
+    weights_and_inputs,
 )
 
 from pcdeq import ACTIVATIONS, rates
@@ -27,13 +27,8 @@ from pcdeq.solvers import picard
 
 @st.composite
 def problems(draw):
-    activation = draw(st.sampled_from(list(ACTIVATIONS)))
-    n = draw(st.integers(1, 4))
-    radius = draw(st.one_of(st.floats(0, 2), st.floats(0, 50)))
-    density = draw(st.sampled_from([0.2, 0.6, 1.0]))
-    W = random_weight(n, radius, density, draw(st.integers(0, 2**16)))
-    exponents = draw(st.lists(st.floats(-8, 3), min_size=n, max_size=n))
-    return block_of(W, activation), (10 ** torch.tensor(exponents))[None]
+    activation, W, x = draw(weights_and_inputs(most=4))
+    return block_of(W, activation), x.float()[None]
 
 
 def bounds_of(block, x, **options):

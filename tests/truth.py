@@ -6,8 +6,9 @@ import mpmath
 import numpy as np
 import torch
 import torch.nn.functional as F
+from hypothesis import strategies as st
 
-from pcdeq import PcDEQConv2d, PcDEQLinear, build_network
+from pcdeq import ACTIVATIONS, PcDEQConv2d, PcDEQLinear, build_network
 from pcdeq.experiments import data
 
 mpmath.mp.dps = 40
@@ -144,3 +145,15 @@ def random_weight(n: int, radius: float, density: float, seed: int) -> torch.Ten
 
 def is_below(a: mpmath.matrix, b: mpmath.matrix) -> bool:
     return all(p <= q for p, q in zip(a, b, strict=True))
+
+
+@st.composite
+def weights_and_inputs(draw, most: int):
+    """σ, W ≥ 0 with up to ``most`` rows and spectral radius up to 50, x from 1e-8 to 1e3."""
+    activation = draw(st.sampled_from(list(ACTIVATIONS)))
+    n = draw(st.integers(1, most))
+    radius = draw(st.one_of(st.floats(0, 2), st.floats(0, 50)))
+    density = draw(st.sampled_from([0.2, 0.6, 1.0]))
+    W = random_weight(n, radius, density, draw(st.integers(0, 2**16)))
+    exponents = draw(st.lists(st.floats(-8, 3), min_size=n, max_size=n))
+    return activation, W, 10 ** torch.tensor(exponents, dtype=torch.float64)
