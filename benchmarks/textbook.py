@@ -1,10 +1,12 @@
 """The textbook implicit layer, written for clarity: what the benchmark measures against.
 
-It is the construction of the deep equilibrium tutorials (implicit-layers-tutorial.org, chapter 4)
-with nothing taken out: the default memory layout, weight normalisation recomputed in each
-evaluation, one evaluation after the solve that autograd records and a second one for the
-vector–Jacobian products, which autograd forms, and one ``.item()`` for each norm in each iteration.
+It is the construction of the deep equilibrium tutorials with nothing taken out: the default memory
+layout, weight normalisation recomputed in each evaluation, one evaluation after the solve that
+autograd records and a second one for the vector–Jacobian products, which autograd forms, and one
+``.item()`` for each norm in each iteration.
 """
+
+import copy
 
 import torch
 import torch.nn.functional as F
@@ -112,8 +114,6 @@ class TorchdeqBlock(TextbookBlock):
 
 def textbook(network: Network, block_of=TextbookBlock) -> nn.Sequential:
     """A copy of ``network`` with the same weights, textbook blocks and the default layout."""
-    import copy
-
     layers = {
         name: block_of(layer) if hasattr(layer, "deq") else copy.deepcopy(layer)
         for name, layer in network.named_children()
