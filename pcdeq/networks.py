@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pcdeq.activations import allowed
 from pcdeq.implicit import PcDEQ, PcDEQConv2d, PcDEQLinear, project
+from pcdeq.normalisation import BatchNorm2d
 
 DATASETS: dict[str, tuple[int, int, int]] = {  # name → C, H, W of its images
     "mnist": (1, 28, 28),
@@ -99,10 +100,10 @@ def _single_conv(dataset: str, augment: bool, classes: int, block: Callable) -> 
     n = SINGLE_CHANNELS[dataset]
     return [
         ("conv1", nn.Conv2d(c, n, 3, padding=1)),
-        ("bn1", nn.BatchNorm2d(n)),
+        ("bn1", BatchNorm2d(n)),
         ("block", block(PcDEQConv2d, n)),
         ("maxpool", nn.MaxPool2d(3, stride=1, padding=1)),
-        ("bn2", nn.BatchNorm2d(n)),
+        ("bn2", BatchNorm2d(n)),
         ("avgpool", nn.AvgPool2d(8)),
         ("flatten", nn.Flatten()),  # (B, n·(H//8)·(W//8))
         ("classifier", nn.Linear(n * (h // 8) * (w // 8), classes)),
@@ -113,20 +114,20 @@ def _multi_conv(dataset: str, augment: bool, classes: int, block: Callable) -> l
     c1, c2, c3 = MULTI_CHANNELS_AUGMENTED if augment else MULTI_CHANNELS[dataset]
     return [
         ("conv1", nn.Conv2d(DATASETS[dataset][0], c1, 3, padding=1)),
-        ("bn1", nn.BatchNorm2d(c1)),
+        ("bn1", BatchNorm2d(c1)),
         ("block1", block(PcDEQConv2d, c1)),
         ("maxpool1", nn.MaxPool2d(3, stride=1, padding=1)),
-        ("bn2", nn.BatchNorm2d(c1)),
+        ("bn2", BatchNorm2d(c1)),
         ("downsample1", nn.Conv2d(c1, c2, 3, stride=2)),
-        ("bn3", nn.BatchNorm2d(c2)),
+        ("bn3", BatchNorm2d(c2)),
         ("block2", block(PcDEQConv2d, c2)),
         ("maxpool2", nn.MaxPool2d(3, stride=1, padding=1)),
-        ("bn4", nn.BatchNorm2d(c2)),
+        ("bn4", BatchNorm2d(c2)),
         ("downsample2", nn.Conv2d(c2, c3, 3, stride=2)),
-        ("bn5", nn.BatchNorm2d(c3)),
+        ("bn5", BatchNorm2d(c3)),
         ("block3", block(PcDEQConv2d, c3)),
         ("maxpool3", nn.MaxPool2d(3, stride=1, padding=1)),
-        ("bn6", nn.BatchNorm2d(c3)),
+        ("bn6", BatchNorm2d(c3)),
         ("avgpool", nn.AvgPool2d(4)),
         ("flatten", nn.Flatten()),  # (B, c3): AvgPool2d leaves one pixel
         ("classifier", nn.Linear(c3, classes)),

@@ -53,13 +53,14 @@ def picard(
     """Plain fixed-point iteration z ← f(z).
 
     Args:
-        f: the map. It must not write to its argument; ``f(None)`` means f(0).
+        f: the map; ``f(None)`` means f(0). It must not write to its argument, and what it returns
+            is the solver's to write to.
         z: the start, any shape with the batch in front, or ``None`` for the origin.
         tol: relative tolerance of the stopping rule.
         max_iter: largest number of evaluations; where it is reached, ``converged`` is false.
         nonnegative: for Anderson; a plain step stays where f maps to.
     """
-    return _iterate(f, z, lambda fz, r: (fz, r), tol, max_iter)
+    return _iterate(f, z, lambda fz, r: (fz, fz), tol, max_iter)
 
 
 def anderson(
@@ -88,10 +89,11 @@ def anderson(
             # ⟨Δr, r⟩ by polarisation: norms take one pass where a product takes two
             gamma = (change + square - square_before) / (2 * change)
             gamma = gamma.where((square < square_before) & gamma.isfinite(), 0).to(fz.dtype)
-            mixed = torch.lerp(fz, f_before, gamma)  # f(z) − γ·Δf
+            mixed = torch.lerp(fz, f_before, gamma, out=spare)  # f(z) − γ·Δf
             if nonnegative:
                 mixed.clamp_(min=0)
-        f_before, r_before, square_before = fz, r, square
+        # From the origin r is f(z) itself; each keeps memory of its own, which is written to.
+        f_before, r_before, square_before = fz, r.clone() if r is fz else r, square
         return mixed, spare
 
     return _iterate(f, z, mix, tol, max_iter)
@@ -194,9 +196,11 @@ def _iterate(
     while True:
         pending, norms = [], []
         for _ in range(max_iter - iterations):
+            r = None  # f may have its memory
             fz = f(z)
-            r = fz.clone() if z is None else torch.sub(fz, z, out=spare)
-            norms += [vector_norm(r), vector_norm(fz)]
+            out = None if pending else spare  # what is pending may be the solution
+            r = fz if z is None else torch.sub(fz, z, out=out)
+            norms += [_norm(r), _norm(fz)]
             pending.append(fz)
             if len(pending) == CHECK_EVERY.get(fz.device.type, 1):
                 break
@@ -212,6 +216,14 @@ def _iterate(
 
 def _relative(change: float, size: float) -> float:
     return change / (size + EPSILON)
+
+
+def _norm(t: Tensor) -> Tensor:
+    """‖t‖₂, 0-dimensional."""
+    if t.ndim != 4 or t.device.type != "cpu" or t.dtype.itemsize < 4:
+        return vector_norm(t)
+    t = t.permute(0, 2, 3, 1).reshape(-1)  # a view, if t is in channels_last
+    return t.dot(t).sqrt_()  # in half the time of vector_norm
 
 
 def _sample_squares(t: Tensor) -> Tensor:

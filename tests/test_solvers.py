@@ -243,7 +243,7 @@ def test_anderson_takes_the_plain_step_where_squares_underflow():
     arguments = []
 
     def f(z):
-        arguments.append(z)
+        arguments.append(None if z is None else z.clone())  # its memory is the solver's
         return torch.full((1, 1), next(values))
 
     anderson(f, None, tol=1e-30, max_iter=3)

@@ -1,0 +1,118 @@
+"""Batch normalisation of few channels: nn.BatchNorm2d, to rounding, in every respect."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from pcdeq import normalisation
+from pcdeq.normalisation import BatchNorm2d
+
+
+def pair(channels: int, dtype=torch.float64, **options) -> tuple[BatchNorm2d, nn.BatchNorm2d]:
+    torch.manual_seed(0)
+    ours, theirs = BatchNorm2d(channels, **options), nn.BatchNorm2d(channels, **options)
+    with torch.no_grad():
+        ours.weight.uniform_(-1, 2)
+        ours.bias.normal_()
+    theirs.load_state_dict(ours.state_dict())
+    return ours.to(dtype), theirs.to(dtype)
+
+
+def images(channels: int, dtype=torch.float64, batch: int = 6, h: int = 5, w: int = 7):
+    x = torch.randn(batch, channels, h, w, dtype=dtype) * 3 + 1
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 7), (1, 2, 1), (64, 4, 4), (2, 1, 1)])
+@pytest.mark.parametrize("channels", [1, 3, 12, 20, 50])
+def test_values_gradients_and_statistics_are_those_of_torch(channels, shape):
+    ours, theirs = pair(channels)
+    batch, h, w = shape
+    for _ in range(3):  # the running statistics move each time
+        x = images(channels, batch=batch, h=h, w=w)
+        g = torch.randn_like(x)
+        results = []
+        for layer in (ours, theirs):
+            leaf = x.clone().requires_grad_()
+            y = layer(leaf)
+            gradients = torch.autograd.grad(y, (leaf, layer.weight, layer.bias), g)
+            results.append((y, *gradients))
+        for mine, reference in zip(*results, strict=True):
+            torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-9)
+        assert all(t.is_contiguous(memory_format=torch.channels_last) for t in results[0][:2])
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-12, atol=1e-12)
+
+
+def test_its_own_arithmetic_is_what_was_tested(monkeypatch):
+    calls = []
+    apply = normalisation._Normalise.apply
+    monkeypatch.setattr(
+        normalisation._Normalise, "apply", lambda *a: calls.append(a[0].shape[1]) or apply(*a)
+    )
+    for channels in (1, 8, 12, 16, 20, 24, 48, 50, 64, 82):
+        BatchNorm2d(channels)(images(channels, torch.float32))
+    assert calls == [1, 12, 20, 50]  # neither where they fill vectors nor where there are many
+
+
+def test_gradcheck():
+    ours, _ = pair(3)
+    x = images(3, batch=2, h=2, w=3).requires_grad_()
+    assert torch.autograd.gradcheck(lambda h, w, b: ours_at(ours, h, w, b), (x, *ours.parameters()))
+
+
+def ours_at(layer, h, w, b):
+    return normalisation._Normalise.apply(h, w, b, layer.eps)[0]
+
+
+def test_float32_is_as_close_to_the_truth_as_torch():
+    ours, theirs = pair(12, torch.float32)
+    x = images(12, torch.float32, batch=64, h=28, w=28) + 100  # a mean far from 0
+    truth = copy.deepcopy(theirs).double()(x.double())
+    error = (ours(x) - truth).abs().max()
+    assert error <= 2 * (theirs(x) - truth).abs().max()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.contiguous(),  # another layout
+        lambda x: x.bfloat16(),  # under autocast
+        lambda x: x[:, :, ::2],  # a view with gaps
+    ],
+)
+def test_what_it_does_not_speed_up_is_left_to_torch(change):
+    ours, theirs = pair(12, torch.float32)
+    x = change(images(12, torch.float32))
+    assert torch.equal(ours(x), theirs(x))
+    assert torch.equal(ours.running_var, theirs.running_var)
+
+
+def test_evaluation_is_torch_s_own():
+    ours, theirs = pair(12, torch.float32)
+    x = images(12, torch.float32)
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))
+
+
+def test_one_value_a_channel_is_torch_s_error():
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        BatchNorm2d(3)(torch.randn(1, 3, 1, 1))
+
+
+def test_options_of_torch_s_layer_work():
+    for options in ({"momentum": None}, {"affine": False}, {"track_running_stats": False}):
+        ours, theirs = BatchNorm2d(12, **options), nn.BatchNorm2d(12, **options)
+        x = images(12, torch.float32)
+        torch.testing.assert_close(ours(x), theirs(x))
+        assert all(
+            torch.allclose(a, b, rtol=1e-5)
+            for a, b in zip(ours.buffers(), theirs.buffers(), strict=True)
+        )
+
+
+def test_it_becomes_a_synchronised_one():
+    """DistributedDataParallel on GPUs converts every batch norm; ours must be one of them."""
+    layer = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(BatchNorm2d(12)))[0]
+    assert type(layer) is nn.SyncBatchNorm
