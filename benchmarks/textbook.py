@@ -118,6 +118,7 @@ def textbook(network: Network, block_of=TextbookBlock) -> nn.Sequential:
         name: block_of(layer) if hasattr(layer, "deq") else copy.deepcopy(layer)
         for name, layer in network.named_children()
     }
+    layers["flatten"] = nn.Flatten()  # torch's own: this project's looks after its own layout
     model = nn.Sequential()
     for name, layer in layers.items():
         model.add_module(name, layer)

@@ -117,9 +117,8 @@ class ConcaveLayer(nn.Module):
 
     def evaluate(self, z: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
         """σ(Wz + x) without a graph, for a given W; ``z=None`` stands for z = 0, at no product."""
-        if z is None:
-            return self.activation.function(x)
-        return self.activation.function_(self.W.apply(z, weight, x))
+        s = x.clone() if z is None else self.W.apply(z, weight, x)
+        return self.activation.function_(s)
 
 
 class _WeightNorm(torch.autograd.Function):

@@ -82,6 +82,19 @@ class Network(nn.Sequential):
         project(self)
 
 
+class Flatten(nn.Flatten):
+    """``nn.Flatten`` whose gradient stays in channels_last.
+
+    Else average pooling in front of it copies its own gradient, 64 times as large, to that layout.
+    """
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, C, H, W) as (B, C·H·W)."""
+        if h.requires_grad:
+            h.register_hook(lambda g: g.contiguous(memory_format=torch.channels_last))
+        return super().forward(h)
+
+
 def _linear(dataset: str, augment: bool, classes: int, block: Callable) -> list:
     c, h, w = DATASETS[dataset]
     n = LINEAR_FEATURES
@@ -105,7 +118,7 @@ def _single_conv(dataset: str, augment: bool, classes: int, block: Callable) -> 
         ("maxpool", nn.MaxPool2d(3, stride=1, padding=1)),
         ("bn2", BatchNorm2d(n)),
         ("avgpool", nn.AvgPool2d(8)),
-        ("flatten", nn.Flatten()),  # (B, n·(H//8)·(W//8))
+        ("flatten", Flatten()),  # (B, n·(H//8)·(W//8))
         ("classifier", nn.Linear(n * (h // 8) * (w // 8), classes)),
     ]
 

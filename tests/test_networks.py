@@ -10,7 +10,7 @@ from torch import nn
 import pcdeq
 from pcdeq import NETWORKS, build_network, networks
 from pcdeq.activations import ACTIVATIONS, allowed
-from pcdeq.networks import DATASETS, Network, check_network, variant_of
+from pcdeq.networks import DATASETS, Flatten, Network, check_network, variant_of
 
 # network without its variant, data set, augment, channels of the blocks, parameters
 TABLE = [
@@ -291,3 +291,21 @@ def test_deepcopy_and_state_dict():
     fresh = small("multi_conv_pcdeq_1").eval()
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh(images), model(images))
+
+
+def test_flatten_keeps_its_gradient_in_channels_last():
+    """And is nn.Flatten otherwise, with no hook where nothing is recorded."""
+    h = torch.randn(4, 6, 3, 3).contiguous(memory_format=torch.channels_last)
+    leaf = h.clone().requires_grad_()
+    gradients = []
+    middle = leaf * 1
+    out = Flatten()(middle)
+    middle.register_hook(gradients.append)  # after its own
+    g = torch.randn_like(out)
+    out.backward(g)
+    assert torch.equal(out, h.flatten(1)) and torch.equal(leaf.grad.flatten(1), g)
+    assert gradients[0].is_contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        still = leaf * 1
+        Flatten()(still)
+    assert still._backward_hooks is None
