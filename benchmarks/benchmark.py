@@ -73,9 +73,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y:
     optimizer.zero_grad(set_to_none=True)
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
-    for module in model.modules():
-        if module is not model and hasattr(module, "clamp"):
-            module.clamp()
+    model.clamp()
 
 
 def trained(row: Row, images: data.ImageSet, seed: int) -> Network:
@@ -142,6 +140,7 @@ def bare_kernels(row: Row, network: Network, x: Tensor, y: Tensor) -> dict[str, 
         parts[f"{name} σ"] = (torch.no_grad()(functools.partial(sigma, z)), deq.iter_forward)
         setattr(model, name, Evaluated(block, z))
     rest = nn.Sequential(*model.children())
+    rest.clamp = model.clamp
     parts["rest"] = (functools.partial(train_step, rest, optimizer, x, y), 1)
     return parts
 

@@ -112,14 +112,23 @@ class TorchdeqBlock(TextbookBlock):
         return z[-1]
 
 
-def textbook(network: Network, block_of=TextbookBlock) -> nn.Sequential:
+class Textbook(nn.Sequential):
+    """Layers and textbook blocks, one after the other."""
+
+    def clamp(self) -> None:
+        for layer in self:
+            if isinstance(layer, TextbookBlock):
+                layer.clamp()
+
+
+def textbook(network: Network, block_of=TextbookBlock) -> Textbook:
     """A copy of ``network`` with the same weights, textbook blocks and the default layout."""
     layers = {
         name: block_of(layer) if hasattr(layer, "deq") else copy.deepcopy(layer)
         for name, layer in network.named_children()
     }
     layers["flatten"] = nn.Flatten()  # torch's own: this project's looks after its own layout
-    model = nn.Sequential()
+    model = Textbook()
     for name, layer in layers.items():
         model.add_module(name, layer)
     return model.to(memory_format=torch.contiguous_format)

@@ -132,16 +132,17 @@ class _WeightNorm(torch.autograd.Function):
     def forward(ctx, v: Tensor, g: Tensor) -> Tensor:
         inverse = _row_norms(v).reciprocal_()
         inverse.masked_fill_(inverse.isinf(), 0)
-        ctx.save_for_backward(v, g, inverse)
-        return v * (g * inverse)
+        scale = g * inverse
+        ctx.save_for_backward(v, inverse, scale)
+        return v * scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dW: Tensor) -> tuple[Tensor, Tensor]:
-        v, g, inverse = ctx.saved_tensors
+        v, inverse, scale = ctx.saved_tensors
         u = v * inverse  # rows of length 1
         dg = (dW * u).sum(tuple(range(1, v.ndim)), keepdim=True)  # ⟨dW, u⟩
-        dv = u.mul_(dg).sub_(dW).mul_(-g * inverse)  # g/‖v‖·(dW − ⟨dW, u⟩u)
+        dv = torch.addcmul(dW, u, dg, value=-1).mul_(scale)  # g/‖v‖·(dW − ⟨dW, u⟩u)
         return dv, dg
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pcdeq.activations import allowed
-from pcdeq.implicit import PcDEQ, PcDEQConv2d, PcDEQLinear, project
+from pcdeq.implicit import PcDEQ, PcDEQConv2d, PcDEQLinear
 from pcdeq.normalisation import BatchNorm2d
 
 DATASETS: dict[str, tuple[int, int, int]] = {  # name → C, H, W of its images
@@ -79,7 +79,8 @@ class Network(nn.Sequential):
 
     def clamp(self) -> None:
         """Projects the blocks' weights onto the nonnegative orthant, after an optimizer step."""
-        project(self)
+        for block in self.blocks:  # ``project`` would search every layer, in each step
+            block.deq.f.W.clamp()
 
 
 class Flatten(nn.Flatten):
