@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from pcdeq.activations import allowed
 from pcdeq.experiments import cli, data, training
 from pcdeq.experiments.cli import guarded, main, parse
+from pcdeq.experiments.errors import DataError, RunError
 from pcdeq.experiments.recipes import ROWS
-from pcdeq.experiments.runs import RunConfig, RunError
+from pcdeq.experiments.runs import RunConfig
 from pcdeq.experiments.signals import Interrupted
 from pcdeq.networks import DATASETS, NETWORKS, variant_of
 from pcdeq.weights import CheckpointError
@@ -197,7 +198,7 @@ def test_the_scripts_only_name_their_data_set(dataset, monkeypatch, capsys):
     "error, status, words",
     [
         (RunError("the loss is nan"), 1, "error: the loss is nan"),
-        (data.DataError("no\ndata"), 1, "error: no data"),
+        (DataError("no\ndata"), 1, "error: no data"),
         (CheckpointError("last.pth is damaged"), 1, "error: last.pth is damaged"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "error: No space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), 1, "error: x: Permission denied"),

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from pcdeq import build_network
 from pcdeq.certificates import History, history
+from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.figures import (
     convergence_figure,
     result_figures,
@@ -17,7 +18,6 @@ from pcdeq.experiments.figures import (
     run_figures,
 )
 from pcdeq.experiments.results import RECIPES, collect, read_metrics, read_results
-from pcdeq.experiments.runs import RunError
 
 LINEAR = RECIPES["mnist_linear_pcdeq_1_tanh"]
 

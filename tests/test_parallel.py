@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from processes import ROOT, free_port, same, start
 
 from pcdeq.experiments import parallel
+from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.parallel import Processes, join
-from pcdeq.experiments.runs import RunError
 
 CPU = torch.device("cpu")
 

@@ -7,6 +7,7 @@ import pytest
 from made_up import made_up_run
 
 from pcdeq.experiments import cli
+from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.recipes import ROWS
 from pcdeq.experiments.results import (
     RECIPES,
@@ -16,7 +17,6 @@ from pcdeq.experiments.results import (
     read_metrics,
     read_results,
 )
-from pcdeq.experiments.runs import RunError
 
 LINEAR = RECIPES["mnist_linear_pcdeq_1_tanh"]
 AUGMENTED = RECIPES["cifar_multi_conv_pcdeq_1_relu6_aug"]

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from made_up import made_up_run
 
+from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.recipes import ROWS
 from pcdeq.experiments.reproduce import main
 from pcdeq.experiments.results import RECIPES, collect, read_metrics, read_results
-from pcdeq.experiments.runs import RunError
 from pcdeq.experiments.schedule import Job, cores, picture, remaining, run_all
 from pcdeq.experiments.signals import Interrupted
 

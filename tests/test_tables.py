@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from made_up import made_up_run
 from scipy.stats import ttest_ind
 
+from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.recipes import ROWS
 from pcdeq.experiments.reproduce import references
 from pcdeq.experiments.results import RECIPES, collect, read_results
-from pcdeq.experiments.runs import RunError
 from pcdeq.experiments.tables import (
     BEGIN,
     END,

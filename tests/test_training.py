@@ -13,9 +13,11 @@ from processes import same, weights
 
 from pcdeq import build_network
 from pcdeq.experiments import data, runs, training
-from pcdeq.experiments.runs import RunConfig, RunError
+from pcdeq.experiments.errors import RunError
+from pcdeq.experiments.runs import RunConfig
 from pcdeq.experiments.signals import Interrupted
-from pcdeq.experiments.training import Trainer, train
+from pcdeq.experiments.trainer import Trainer
+from pcdeq.experiments.training import train
 from pcdeq.weights import CheckpointError
 
 

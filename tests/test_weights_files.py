@@ -9,10 +9,10 @@ from made_up import made_up_run
 
 from pcdeq import load_network
 from pcdeq.experiments.data import load
+from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.evaluation import evaluate
 from pcdeq.experiments.publish import publish, read_table
 from pcdeq.experiments.results import RECIPES, from_run, read_results
-from pcdeq.experiments.runs import RunError
 from pcdeq.weights import IDENTITY, read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ from pcdeq.experiments import data
 from pcdeq.experiments.evaluation import evaluate
 from pcdeq.experiments.parallel import Processes, join
 from pcdeq.experiments.runs import RunConfig
-from pcdeq.experiments.training import Trainer
+from pcdeq.experiments.trainer import Trainer
 from pcdeq.networks import build_network
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.flags import (
     Help,
     add_data,
@@ -26,7 +27,7 @@ from pcdeq.experiments.flags import (
     seed,
 )
 from pcdeq.experiments.recipes import DEFAULTS, ROWS, default_activation
-from pcdeq.experiments.runs import RunConfig, RunError, check_folder
+from pcdeq.experiments.runs import RunConfig, check_folder
 from pcdeq.experiments.signals import Interrupted
 from pcdeq.networks import check_network
 from pcdeq.weights import CheckpointError
@@ -134,9 +135,7 @@ def _outcome(function: Callable[[], object]) -> tuple[int, str]:
 
 def _sentence(error: Exception) -> str:
     """What to tell the user, or "" for an error that only a traceback explains."""
-    from pcdeq.experiments.data import DataError  # late: it brings torchvision
-
-    if isinstance(error, RunError | DataError | CheckpointError):
+    if isinstance(error, RunError | CheckpointError):
         return str(error)
     if isinstance(error, BrokenPipeError):
         return "whoever read the output has gone"

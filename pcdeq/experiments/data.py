@@ -9,25 +9,14 @@ Where the images come from: the genuine sets (downloaded when absent, every file
 md5 sum before it is read), anyone's folders of images, or 5,000 digits that the package ships.
 """
 
-import socket
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from http.client import HTTPException
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
-from urllib.error import URLError
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
-from torchvision import datasets
-from torchvision.datasets.utils import check_integrity
-from tqdm import tqdm
 
 from pcdeq.networks import DATASETS
 
@@ -36,21 +25,8 @@ NORMALISATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # mea
     "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
     "cifar": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
 }
-MNIST_MD5 = {  # of the uncompressed files; torchvision has those of the compressed ones
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
-}
 SAMPLE = Path(__file__).with_name("mnist_sample.npz")  # made by tools/make_sample.py
 PADDING = 4  # of the random crop, in pixels
-CONNECT_SECONDS = 20  # a server that is silent for longer is not there
-
-Labelled = tuple[Tensor, Tensor]  # images uint8 (N, C, H, W), labels int64 (N,)
-
-
-class DataError(RuntimeError):
-    """The images cannot be had; one sentence that names the file or folder and what to do."""
 
 
 @dataclass
@@ -151,15 +127,20 @@ def load(
     Raises:
         DataError: files are absent, damaged, or not what the data set needs.
     """
+    # Readers are imported late: torchvision takes longer than reading the sample.
     shape = DATASETS[dataset]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of numpy and PIL about how torchvision calls them
         if sample:
             train, test, classes = *_sample(shape), 10
         elif image_folder is not None:
-            train, test, classes = _image_folders(Path(image_folder), shape)
+            from pcdeq.experiments.folders import image_folders
+
+            train, test, classes = image_folders(Path(image_folder), shape)
         else:
-            train, test, classes = *_genuine(GENUINE[dataset](Path(root))), 10
+            from pcdeq.experiments.genuine import SOURCES, genuine
+
+            train, test, classes = *genuine(SOURCES[dataset](Path(root))), 10
     mean, std = NORMALISATION[dataset]
     memory = torch.channels_last if shape[0] > 1 else torch.contiguous_format
     train_set, test_set = (
@@ -171,168 +152,16 @@ def load(
     return train_set, test_set, classes
 
 
-# The genuine sets
-
-
-class Genuine(NamedTuple):
-    """How torchvision keeps and reads a data set."""
-
-    title: str
-    files: dict[Path, str]  # what it reads → md5
-    archives: dict[Path, str]  # what it unpacks them from, if anything → md5
-    url: str
-    read: Callable[[bool], Labelled]  # the training set if true, else the test set
-
-
-class MNIST(datasets.MNIST):
-    """torchvision's reader, but for the ``processed/*.pt`` of its old versions: unverifiable."""
-
-    def _check_legacy_exist(self) -> bool:
-        return False
-
-
-def _mnist(root: Path) -> Genuine:
-    def read(train: bool) -> Labelled:
-        part = MNIST(root, train, download=True)
-        return part.data[:, None], part.targets
-
-    raw = root / "MNIST" / "raw"
-    files, archives = (
-        {raw / name: md5 for name, md5 in names}
-        for names in (MNIST_MD5.items(), datasets.MNIST.resources)
-    )
-    return Genuine("MNIST", files, archives, datasets.MNIST.mirrors[0], read)
-
-
-def _svhn(root: Path) -> Genuine:
-    def read(train: bool) -> Labelled:
-        part = datasets.SVHN(root, "train" if train else "test", download=True)
-        return torch.from_numpy(part.data), torch.from_numpy(part.labels)
-
-    parts = [datasets.SVHN.split_list[part] for part in ("train", "test")]
-    files = {root / name: md5 for _, name, md5 in parts}
-    return Genuine("SVHN", files, {}, parts[0][0].rpartition("/")[0], read)
-
-
-def _cifar(root: Path) -> Genuine:
-    def read(train: bool) -> Labelled:
-        part = datasets.CIFAR10(root, train, download=True)
-        return torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets)
-
-    own = datasets.CIFAR10
-    meta = (own.meta["filename"], own.meta["md5"])
-    files = {root / own.base_folder / n: m for n, m in (*own.train_list, *own.test_list, meta)}
-    return Genuine("CIFAR-10", files, {root / own.filename: own.tgz_md5}, own.url, read)
-
-
-GENUINE: dict[str, Callable[[Path], Genuine]] = {"mnist": _mnist, "svhn": _svhn, "cifar": _cifar}
-
-
-def _genuine(source: Genuine) -> tuple[Labelled, Labelled]:
-    missing = [path for path in source.files if not path.exists()]
-    needed = source.files | source.archives if missing else source.files
-    for path, md5 in needed.items():
-        if path.exists() and not check_integrity(path, md5):
-            raise DataError(
-                f"{path} is damaged or not the genuine file (its md5 sum is not {md5}): delete it, "
-                "and the next start downloads it again"
-            )
-    if not missing:
-        return source.read(True), source.read(False)
-    try:
-        with _download(needed):
-            return source.read(True), source.read(False)
-    except (RuntimeError, URLError, TimeoutError, ConnectionError, HTTPException) as error:
-        wanted = [path for path in source.archives if not path.exists()] or missing
-        names = ", ".join(path.name for path in wanted)
-        reason = str(error).strip().splitlines()[-1].strip("<>")
-        raise DataError(
-            f"{source.title} is not in {wanted[0].parent} and cannot be downloaded ({reason}): "
-            f"put {names} there (from {source.url}), or use --sample, which needs no download"
-        ) from error
-
-
-@contextmanager
-def _download(files: dict[Path, str]) -> Iterator[None]:
-    """Gives up on a silent server, and leaves no half of a file behind."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(CONNECT_SECONDS)
-    try:
-        yield
-    except BaseException:
-        for path, md5 in files.items():  # all that was there before had its md5 sum
-            if path.is_file() and not check_integrity(path, md5):
-                path.unlink()
-        raise
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-# The shipped digits
-
-
-def _sample(shape: tuple[int, int, int]) -> tuple[Labelled, Labelled]:
+def _sample(shape: tuple[int, int, int]) -> list[tuple[Tensor, Tensor]]:
+    """Images uint8 (N, C, H, W) and labels int64 (N,) of the two parts."""
     channels, height, width = shape
     with np.load(SAMPLE) as arrays:
         digits = {name: torch.from_numpy(arrays[name]) for name in arrays if name != "notice"}
 
-    def part(name: str) -> Labelled:
+    def part(name: str) -> tuple[Tensor, Tensor]:
         images = digits[f"{name}_images"][:, None]  # (N, 1, 28, 28)
         top, left = (height - images.shape[2]) // 2, (width - images.shape[3]) // 2
         images = F.pad(images, (left, left, top, top))  # every pixel as it was written
         return images.expand(-1, channels, -1, -1), digits[f"{name}_labels"].long()
 
-    return part("train"), part("test")
-
-
-# Anyone's images
-
-
-def _image_folders(folder: Path, shape: tuple[int, int, int]) -> tuple[Labelled, Labelled, int]:
-    train, test = (_list_images(folder / part) for part in ("train", "test"))
-    if len(train.classes) < 2:
-        raise DataError(f"{folder}/train holds one class: there is nothing to tell apart")
-    if differing := sorted(set(train.classes) ^ set(test.classes)):
-        raise DataError(
-            f"{folder}: train/ and test/ must hold the same classes; only one of them has "
-            f"{_shortened(differing)}"
-        )
-    return _decode(train, shape), _decode(test, shape), len(train.classes)
-
-
-def _list_images(folder: Path) -> datasets.ImageFolder:
-    if not folder.is_dir():
-        raise DataError(
-            f"{folder} is not there: --image-folder DIR reads DIR/train/<class>/* and "
-            "DIR/test/<class>/*"
-        )
-    try:
-        return datasets.ImageFolder(str(folder))
-    except FileNotFoundError as error:  # no class, or a class without images
-        raise DataError(f"{folder}: {error}") from error
-
-
-def _decode(listed: datasets.ImageFolder, shape: tuple[int, int, int]) -> Labelled:
-    channels, height, width = shape
-    images = np.empty((len(listed), height, width, channels), np.uint8)
-
-    def decode(index: int) -> None:
-        path, _ = listed.samples[index]
-        try:
-            with Image.open(path) as file:
-                image = file.convert("L" if channels == 1 else "RGB")
-        except Exception as error:  # PIL's decoders raise whatever they meet
-            raise DataError(f"{path} cannot be read as an image: {error}") from error
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        images[index] = np.asarray(image).reshape(height, width, channels)
-
-    with ThreadPool() as pool:
-        done = pool.imap_unordered(decode, range(len(listed)), chunksize=64)
-        for _ in tqdm(done, f"reading {listed.root}", len(listed), leave=False, disable=None):
-            pass
-    return torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(listed.targets)
-
-
-def _shortened(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    return [part("train"), part("test")]

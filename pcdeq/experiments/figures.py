@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pcdeq.certificates import History
+from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.recipes import ROWS
 from pcdeq.experiments.results import Result, read_metrics
-from pcdeq.experiments.runs import RunError
 from pcdeq.experiments.tables import TITLES, Line, changed_options, lines_of, network_title
 
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ import platform
 import shlex
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 
 import pcdeq
 
@@ -27,7 +27,7 @@ def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
+            "torchvision": version("torchvision"),  # not imported: that takes a second
             "pcdeq": pcdeq.__version__,
         },
         "device_name": torch.cuda.get_device_name(device) if cuda else processor(),

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pcdeq.experiments.runs import RunError
+from pcdeq.experiments.errors import RunError
 
 # How gloo and nccl put it when the other end is gone.
 _LOST = re.compile(r"gloo|nccl|connection|peer|socket|broken pipe", re.IGNORECASE)

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 
+from pcdeq.experiments.errors import RunError
+from pcdeq.experiments.files import write_whole
 from pcdeq.experiments.recipes import ROWS
 from pcdeq.experiments.results import Result
-from pcdeq.experiments.runs import LAST, RunError, write_whole
+from pcdeq.experiments.runs import LAST
 from pcdeq.experiments.tables import machine_title
 from pcdeq.weights import IDENTITY, read_checkpoint
 

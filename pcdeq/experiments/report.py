@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     flags = _parse(argv)
     from pcdeq.experiments import certifying, data, machine  # late: they bring torchvision
+    from pcdeq.experiments.errors import RunError
     from pcdeq.experiments.evaluation import evaluate
-    from pcdeq.experiments.runs import RunError
 
     options = {name: getattr(flags, name) for name in ("solver", "precision", "tol", "max_iter")}
     identity = (flags.net, flags.activation, flags.dataset, flags.augment)

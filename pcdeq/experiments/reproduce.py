@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
+from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.flags import Help, add_solver, count, device
 from pcdeq.experiments.publish import publish
 from pcdeq.experiments.recipes import ROWS, Recipe
 from pcdeq.experiments.results import collect, find_runs, read_results, train_command
-from pcdeq.experiments.runs import RunError
 from pcdeq.experiments.schedule import Job, cores, run_all
 from pcdeq.experiments.tables import (
     TITLES,

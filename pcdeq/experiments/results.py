@@ -14,15 +14,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pcdeq.experiments.errors import RunError
+from pcdeq.experiments.files import write_whole
 from pcdeq.experiments.recipes import ROWS, Recipe
-from pcdeq.experiments.runs import (
-    CONFIG,
-    METRICS,
-    RunConfig,
-    RunError,
-    read_config,
-    write_whole,
-)
+from pcdeq.experiments.runs import CONFIG, METRICS, RunConfig, read_config
 
 RECIPES = {recipe.name: recipe for recipe in ROWS}
 OPTIONS = ("solver", "precision", "tol", "max_iter")

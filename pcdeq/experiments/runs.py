@@ -9,10 +9,6 @@
 ``best.pth`` and ``metrics.csv`` follow from it (``Run.settle``). So a crash between two files loses
 nothing and doubles nothing: the next start lets the others follow again. There is no generator
 state to keep: shuffles and crops are drawn anew for each epoch from (seed, epoch).
-
-A file is written under a temporary name, flushed to the disk and renamed over the old one, and the
-folder is flushed too: after a power cut there is the old file or the new one (the usual recipe of
-databases and editors; see the man page of rename(2)).
 """
 
 from __future__ import annotations
@@ -28,6 +24,8 @@ from typing import Any
 
 import torch
 
+from pcdeq.experiments.errors import RunError
+from pcdeq.experiments.files import temporary, write_whole
 from pcdeq.weights import CheckpointError, read_checkpoint
 
 CONFIG, METRICS, BEST, LAST = "config.json", "metrics.csv", "best.pth", "last.pth"
@@ -37,10 +35,6 @@ COLUMNS = (
     "forward_iters", "backward_iters", "unconverged", "seconds",
 )  # fmt: skip
 STATE = {"rows": list, "optimizer": dict, "flags": dict}  # what last.pth adds to the weights
-
-
-class RunError(RuntimeError):
-    """What ends a run with exit status 1; its text is the one sentence for the user."""
 
 
 @dataclass
@@ -180,44 +174,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file so that it is there whole or not at all.
-
-    Raises:
-        RunError: the disk is full, the folder is gone, or whatever else the system says.
-    """
-    temporary = _temporary(path)
-    try:
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
-    except OSError as error:
-        message = f"{path} cannot be written ({error.strerror}); what was there before is intact"
-        raise RunError(message) from None
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename in the folder last through a power cut."""
-    if os.name == "nt":  # has no such thing
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 class Run:
     """The folder of one run.
 
@@ -239,7 +195,7 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name in (CONFIG, METRICS, BEST, LAST):  # what a kill in the middle of a write left
-                _temporary(self.folder / name).unlink(missing_ok=True)
+                temporary(self.folder / name).unlink(missing_ok=True)
             if self.config.overwrite:  # last.pth first: what is left of a run must not resume
                 for name in (LAST, BEST, METRICS, CERTIFICATES):
                     (self.folder / name).unlink(missing_ok=True)

@@ -18,8 +18,8 @@ from pathlib import Path
 from statistics import mean
 from typing import BinaryIO
 
+from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.results import read_metrics
-from pcdeq.experiments.runs import RunError
 from pcdeq.experiments.signals import Signals
 from pcdeq.experiments.tables import duration
 

@@ -19,9 +19,10 @@ from statistics import mean, stdev, variance
 import torch
 from scipy.stats import t as student
 
+from pcdeq.experiments.errors import RunError
+from pcdeq.experiments.files import write_whole
 from pcdeq.experiments.recipes import Recipe
 from pcdeq.experiments.results import DEFAULT_OPTIONS, Result
-from pcdeq.experiments.runs import RunError, write_whole
 from pcdeq.networks import build_network
 
 TITLES = {"mnist": "MNIST", "svhn": "SVHN", "cifar": "CIFAR-10"}

@@ -1,0 +1,9 @@
+"""What ends a program with exit status 1: its text is the one sentence for the user."""
+
+
+class RunError(RuntimeError):
+    """A run, its folder or its results: what is wrong, what was kept, what to do."""
+
+
+class DataError(RunError):
+    """The images cannot be had; names the file or folder and what to do."""

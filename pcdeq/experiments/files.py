@@ -1,0 +1,50 @@
+"""Files that are there whole or not at all.
+
+A file is written under a temporary name, flushed to the disk and renamed over the old one, and the
+folder is flushed too: after a power cut there is the old file or the new one (the usual recipe of
+databases and editors; see the man page of rename(2)).
+"""
+
+import os
+from pathlib import Path
+
+from pcdeq.experiments.errors import RunError
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file so that it is there whole or not at all.
+
+    Raises:
+        RunError: the disk is full, the folder is gone, or whatever else the system says.
+    """
+    partial = temporary(path)
+    try:
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+    except OSError as error:
+        message = f"{path} cannot be written ({error.strerror}); what was there before is intact"
+        raise RunError(message) from None
+
+
+def temporary(path: Path) -> Path:
+    """Where a file is written before it is renamed to ``path``."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename in the folder last through a power cut."""
+    if os.name == "nt":  # has no such thing
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

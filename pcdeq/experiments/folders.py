@@ -1,0 +1,74 @@
+"""Anyone's images: a folder for each class, read once, by several threads."""
+
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import datasets
+from tqdm import tqdm
+
+from pcdeq.experiments.errors import DataError
+
+Labelled = tuple[Tensor, Tensor]  # images uint8 (N, C, H, W), labels int64 (N,)
+
+
+def image_folders(folder: Path, shape: tuple[int, int, int]) -> tuple[Labelled, Labelled, int]:
+    """The training and the test set, and the number of classes.
+
+    Args:
+        folder: with ``train/<class>/*`` and ``test/<class>/*``.
+        shape: C, H, W that images are converted and resized to.
+
+    Raises:
+        DataError: a folder is absent, the classes differ, or a file is no image.
+    """
+    train, test = (_list_images(folder / part) for part in ("train", "test"))
+    if len(train.classes) < 2:
+        raise DataError(f"{folder}/train holds one class: there is nothing to tell apart")
+    if differing := sorted(set(train.classes) ^ set(test.classes)):
+        raise DataError(
+            f"{folder}: train/ and test/ must hold the same classes; only one of them has "
+            f"{_shortened(differing)}"
+        )
+    return _decode(train, shape), _decode(test, shape), len(train.classes)
+
+
+def _list_images(folder: Path) -> datasets.ImageFolder:
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder} is not there: --image-folder DIR reads DIR/train/<class>/* and "
+            "DIR/test/<class>/*"
+        )
+    try:
+        return datasets.ImageFolder(str(folder))
+    except FileNotFoundError as error:  # no class, or a class without images
+        raise DataError(f"{folder}: {error}") from error
+
+
+def _decode(listed: datasets.ImageFolder, shape: tuple[int, int, int]) -> Labelled:
+    channels, height, width = shape
+    images = np.empty((len(listed), height, width, channels), np.uint8)
+
+    def decode(index: int) -> None:
+        path, _ = listed.samples[index]
+        try:
+            with Image.open(path) as file:
+                image = file.convert("L" if channels == 1 else "RGB")
+        except Exception as error:  # PIL's decoders raise whatever they meet
+            raise DataError(f"{path} cannot be read as an image: {error}") from error
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        images[index] = np.asarray(image).reshape(height, width, channels)
+
+    with ThreadPool() as pool:
+        done = pool.imap_unordered(decode, range(len(listed)), chunksize=64)
+        for _ in tqdm(done, f"reading {listed.root}", len(listed), leave=False, disable=None):
+            pass
+    return torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(listed.targets)
+
+
+def _shortened(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

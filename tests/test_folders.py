@@ -1,0 +1,122 @@
+"""Folders of images: read as torchvision reads them; what is wrong with them is named."""
+
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision import datasets, transforms
+
+from pcdeq.experiments import data
+from pcdeq.experiments.data import load
+from pcdeq.experiments.errors import DataError
+from pcdeq.networks import DATASETS
+
+RNG = np.random.default_rng(0)
+
+
+def write_images(folder: Path, classes: dict[str, int], suffix: str = "png", mode="RGB") -> None:
+    for part in ("train", "test"):
+        for name, n in classes.items():
+            (folder / part / name).mkdir(parents=True)
+            for k in range(n):
+                width, height = (int(s) for s in RNG.integers(20, 50, 2))
+                pixels = RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)
+                image = Image.fromarray(pixels).convert(mode)
+                image.save(folder / part / name / f"{k}.{suffix}")
+
+
+@pytest.mark.parametrize("mode, suffix", [("RGB", "png"), ("L", "jpg"), ("P", "png"), ("1", "bmp")])
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_a_folder_of_images_is_read_as_torchvision_does(tmp_path, dataset, mode, suffix):
+    write_images(tmp_path, {"cat": 3, "ant": 2, "zebra": 1}, suffix, mode)
+    train, test, classes = load(dataset, image_folder=tmp_path)
+    channels, height, width = DATASETS[dataset]
+    transform = transforms.Compose(
+        [transforms.Resize((height, width)), transforms.PILToTensor()]
+        if channels == 3
+        else [transforms.Grayscale(), transforms.Resize((height, width)), transforms.PILToTensor()]
+    )
+    assert classes == 3
+    for part, images in (("train", train), ("test", test)):
+        expected = datasets.ImageFolder(tmp_path / part, transform)
+        assert images.images.shape == (6, channels, height, width)
+        assert images.labels.tolist() == expected.targets == [0, 0, 1, 1, 1, 2]
+        assert torch.equal(images.images, torch.stack([image for image, _ in expected]))
+    assert (train.mean, train.std) == data.NORMALISATION[dataset]
+
+
+def test_reading_warns_of_nothing(tmp_path):
+    write_images(tmp_path, {"a": 1, "b": 1}, mode="P")
+    clear = Image.open(tmp_path / "test" / "a" / "0.png")
+    clear.save(tmp_path / "test" / "a" / "1.png", transparency=bytes(range(256)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Image.open(tmp_path / "test" / "a" / "1.png").convert("RGB")
+        assert caught  # PIL does, left alone
+        caught.clear()
+        load("cifar", image_folder=tmp_path)
+        assert not caught
+
+
+def test_classes_must_be_the_same(tmp_path):
+    write_images(tmp_path, {"a": 1, "b": 1})
+    (tmp_path / "test" / "b").rename(tmp_path / "test" / "c")
+    with pytest.raises(DataError, match="same classes; only one of them has b, c"):
+        load("cifar", image_folder=tmp_path)
+
+
+def test_one_class_is_none(tmp_path):
+    write_images(tmp_path, {"a": 1})
+    with pytest.raises(DataError, match="one class"):
+        load("cifar", image_folder=tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["", "train", "test"])
+def test_a_missing_folder_is_named(tmp_path, missing):
+    write_images(tmp_path / "images", {"a": 1, "b": 1})
+    shutil.rmtree(tmp_path / "images" / missing)
+    with pytest.raises(DataError, match=f"{re.escape(str(tmp_path))}.*{missing}.*is not there"):
+        load("cifar", image_folder=tmp_path / "images")
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_an_empty_class_is_named(tmp_path, part):
+    write_images(tmp_path, {"a": 1, "lonely": 1})
+    (tmp_path / part / "lonely" / "0.png").unlink()
+    with pytest.raises(DataError, match=f"{part}.*lonely"):
+        load("cifar", image_folder=tmp_path)
+
+
+def test_a_folder_without_classes_is_named(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+    with pytest.raises(DataError, match=f"{re.escape(str(tmp_path / 'train'))}.*class"):
+        load("cifar", image_folder=tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp"])
+@given(cut=st.floats(0, 0.95))
+@settings(max_examples=8, deadline=None)
+def test_a_broken_image_is_named(tmp_path_factory, suffix, cut):
+    folder = tmp_path_factory.mktemp("images")
+    write_images(folder, {"a": 2, "b": 2}, suffix)
+    path = folder / "train" / "b" / f"1.{suffix}"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(cut * len(whole))])
+    with pytest.raises(DataError, match=re.escape(str(path))):
+        load("mnist", image_folder=folder)
+
+
+def test_something_else_named_as_an_image_is_named(tmp_path):
+    write_images(tmp_path, {"a": 1, "b": 1})
+    path = tmp_path / "test" / "a" / "notes.png"
+    path.write_text("not an image")
+    with pytest.raises(DataError, match=re.escape(str(path))):
+        load("svhn", image_folder=tmp_path)
