@@ -12,93 +12,32 @@ steps of AdamW(1e-3, weight decay 1.5e-2) on the shipped digits. The timed steps
 import argparse
 import fnmatch
 import functools
-import gc
-import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from textbook import TextbookBlock, TorchdeqBlock, textbook
-
-from pcdeq import SOLVERS, Network, build_network
-from pcdeq.experiments import data, machine
-from pcdeq.implicit import PRECISIONS
-
-
-@dataclass(frozen=True)
-class Row:
-    dataset: str
-    network: str
-    activation: str
-    training_steps: int
-    rounds: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.dataset} {self.network} {self.activation}"
-
-
-ROWS = (
-    Row("mnist", "linear_pcdeq_1", "tanh", 150, 300),
-    Row("mnist", "single_conv_pcdeq_1", "tanh", 4, 7),
-    Row("mnist", "multi_conv_pcdeq_1", "relu6", 60, 20),
-    Row("cifar", "multi_conv_pcdeq_1", "relu6", 25, 15),
+from apart import alone, keep_freed_memory
+from contestants import (
+    BATCH,
+    OPTIONS,
+    ROWS,
+    TEXTBOOK,
+    TORCHDEQ,
+    Row,
+    contestant,
+    installed_torchdeq,
+    train_step,
+    trained,
 )
-BATCH = 64
-TEXTBOOK, BARE = "textbook", "bare kernels"
-OPTIONS = {
-    f"{solver}, {precision}": {"solver": solver, "precision": precision}
-    for precision in PRECISIONS
-    for solver in SOLVERS
-}
-TORCHDEQ = {f"torchdeq {solver}": solver for solver in ("fixed_point_iter", "anderson")}
+from textbook import TextbookBlock
+from torch import Tensor, nn
 
+from pcdeq import Network
+from pcdeq.experiments import data, machine
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
-    """Projected AdamW, the same for all that are compared."""
-    optimizer.zero_grad(set_to_none=True)
-    F.cross_entropy(model(x), y).backward()
-    optimizer.step()
-    model.clamp()
-
-
-def trained(row: Row, images: data.ImageSet, seed: int) -> Network:
-    """The network of a row after its few training steps."""
-    torch.manual_seed(seed)
-    network = build_network(row.network, row.activation, row.dataset)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=1.5e-2, fused=True)
-    shuffle = torch.randperm(len(images))
-    for step in range(row.training_steps):
-        start = step * BATCH % (len(images) - BATCH)
-        train_step(network, optimizer, *images.batch(shuffle[start : start + BATCH]))
-    return network
-
-
-def contestant(name: str, row: Row, network: Network) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A model with the weights of ``network``, and its optimizer with learning rate 0."""
-    if name in OPTIONS:
-        model = build_network(row.network, row.activation, row.dataset, **OPTIONS[name])
-        model.load_state_dict(network.state_dict())
-        return model, torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-    if name == TEXTBOOK:
-        model = textbook(network)
-    else:
-        model = textbook(network, functools.partial(TorchdeqBlock, solver=TORCHDEQ[name]))
-    return model, torch.optim.AdamW(model.parameters(), lr=0.0)
+BARE = "bare kernels"
 
 
 class Evaluated(nn.Module):
@@ -194,96 +133,6 @@ def iterations(model: nn.Module) -> dict[str, list]:
     }
 
 
-def installed_torchdeq() -> tuple[str, ...]:
-    try:
-        import torchdeq  # noqa: F401
-    except ImportError:
-        return ()
-    return tuple(TORCHDEQ)
-
-
-# Peak memory and the whole epoch with its data: each in a process of its own.
-
-
-def peak_memory(name: str, row: Row, seed: int) -> dict[str, float]:
-    """MiB by which three steps raise the peak resident memory of this process."""
-    images, _, _ = data.load(row.dataset, root="data", sample=True)
-    network = trained(replace(row, training_steps=0), images, seed)
-    x, y = images.batch(slice(0, BATCH))
-    if name not in OPTIONS:
-        x = x.contiguous(memory_format=torch.contiguous_format)
-    model, optimizer = contestant(name, row, network)
-    reset_peak()
-    before = resident("VmRSS")
-    for _ in range(3):
-        train_step(model, optimizer, x, y)
-    return {"MiB": resident("VmHWM") - before}
-
-
-def reset_peak() -> None:
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
-
-
-def resident(field: str) -> float:
-    """``VmRSS``, resident memory, or ``VmHWM``, its peak, in MiB."""
-    line = next(ln for ln in Path("/proc/self/status").read_text().splitlines() if field in ln)
-    return int(line.split()[1]) / 2**10
-
-
-def epoch(name: str, seed: int) -> dict[str, float]:
-    """Seconds of one epoch of MNIST linear over 60,000 digits, and its peak memory in MiB.
-
-    The digits are the shipped ones, fifteen times over: what is timed does not depend on them.
-    The textbook reads them as torchvision's MNIST does, image by image through PIL and ToTensor,
-    with a DataLoader of four workers; this project from its one tensor.
-    """
-    images, _, _ = data.load("mnist", root="data", sample=True)
-    images = replace(
-        images, images=images.images.repeat(15, 1, 1, 1), labels=images.labels.repeat(15)
-    )
-    torch.manual_seed(seed)
-    network = build_network("linear_pcdeq_1", "tanh")
-    reset_peak()
-    start = time.perf_counter()
-    if name == TEXTBOOK:
-        model = textbook(network)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=1.5e-2)
-        digits = AsTorchvision(images)
-        for x, y in DataLoader(digits, BATCH, shuffle=True, num_workers=4):
-            train_step(model, optimizer, x, y)
-    else:
-        optimizer = torch.optim.AdamW(
-            network.parameters(), lr=5e-4, weight_decay=1.5e-2, fused=True
-        )
-        for batch in torch.randperm(len(images)).split(BATCH):
-            train_step(network, optimizer, *images.batch(batch))
-    return {"seconds": time.perf_counter() - start, "MiB": resident("VmHWM")}
-
-
-class AsTorchvision(Dataset):
-    """Digits as ``torchvision.datasets.MNIST`` with ToTensor gives them, one at a time."""
-
-    def __init__(self, images: data.ImageSet):
-        self.images, self.to_tensor = images, transforms.ToTensor()
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = Image.fromarray(self.images.images[index, 0].numpy(), mode="L")
-        return self.to_tensor(image), int(self.images.labels[index])
-
-
-def alone(**arguments) -> dict:
-    """Runs ``peak_memory`` or ``epoch`` in a process of its own and returns its figures."""
-    command = [sys.executable, __file__, "--alone", json.dumps(arguments)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-# The report
-
-
 def table(row: Row, report: dict[str, dict]) -> str:
     """One row's contestants as a Markdown table."""
     base, B = report[TEXTBOOK]["seconds"], report[BARE]["seconds"]
@@ -325,16 +174,8 @@ def main() -> None:
     parser.add_argument("--rows", default="*", help="pattern of names, epoch and memory among them")
     parser.add_argument("--rounds", type=int, help="rounds (default: 7 to 300, by the row)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--alone", help=argparse.SUPPRESS)
     args = parser.parse_args()
     keep_freed_memory()
-    if args.alone:
-        task = json.loads(args.alone)
-        what = peak_memory if "row" in task else epoch
-        if "row" in task:
-            task["row"] = ROWS[task["row"]]
-        print(json.dumps(what(**task)))
-        return
     where = machine.environment(torch.device("cpu"))
     print(
         f"{where['processor']}, {amx()}, {where['threads']} threads, "
@@ -363,17 +204,6 @@ def epoch_table(turns: list[tuple[dict, dict]]) -> str:
         peak = statistics.median(turn[i]["MiB"] for turn in turns)
         lines.append(f"| {name} | {spent:.1f} | {theirs / spent:.1f} | {peak:.0f} |")
     return "\n".join(lines)
-
-
-def keep_freed_memory() -> None:
-    """Starts this script again with a glibc that keeps freed memory for the next allocation.
-
-    Else what one contestant frees goes back to the system, and the next one in turn pays for
-    getting it again, page by page: ten contestants in one process would disturb one another.
-    """
-    keep = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
-    if sys.platform == "linux" and not keep.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | keep)
 
 
 def amx() -> str:

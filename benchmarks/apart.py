@@ -1,0 +1,120 @@
+"""Peak memory of a step, and an epoch with its data: each in a process of its own.
+
+``alone`` runs this file and reads the figures that it prints.
+"""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from contestants import BATCH, OPTIONS, ROWS, TEXTBOOK, Row, contestant, train_step, trained
+from PIL import Image
+from textbook import textbook
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from pcdeq import build_network
+from pcdeq.experiments import data
+
+
+def alone(**arguments) -> dict:
+    """Runs ``peak_memory`` or ``epoch`` in a process of its own and returns its figures."""
+    command = [sys.executable, __file__, json.dumps(arguments)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def peak_memory(name: str, row: Row, seed: int) -> dict[str, float]:
+    """MiB by which three steps raise the peak resident memory of this process."""
+    images, _, _ = data.load(row.dataset, root="data", sample=True)
+    network = trained(replace(row, training_steps=0), images, seed)
+    x, y = images.batch(slice(0, BATCH))
+    if name not in OPTIONS:
+        x = x.contiguous(memory_format=torch.contiguous_format)
+    model, optimizer = contestant(name, row, network)
+    reset_peak()
+    before = resident("VmRSS")
+    for _ in range(3):
+        train_step(model, optimizer, x, y)
+    return {"MiB": resident("VmHWM") - before}
+
+
+def reset_peak() -> None:
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
+
+
+def resident(field: str) -> float:
+    """``VmRSS``, resident memory, or ``VmHWM``, its peak, in MiB."""
+    line = next(ln for ln in Path("/proc/self/status").read_text().splitlines() if field in ln)
+    return int(line.split()[1]) / 2**10
+
+
+def epoch(name: str, seed: int) -> dict[str, float]:
+    """Seconds of one epoch of MNIST linear over 60,000 digits, and its peak memory in MiB.
+
+    The digits are the shipped ones, fifteen times over: what is timed does not depend on them.
+    The textbook reads them as torchvision's MNIST does, image by image through PIL and ToTensor,
+    with a DataLoader of four workers; this project from its one tensor.
+    """
+    images, _, _ = data.load("mnist", root="data", sample=True)
+    images = replace(
+        images, images=images.images.repeat(15, 1, 1, 1), labels=images.labels.repeat(15)
+    )
+    torch.manual_seed(seed)
+    network = build_network("linear_pcdeq_1", "tanh")
+    reset_peak()
+    start = time.perf_counter()
+    if name == TEXTBOOK:
+        model = textbook(network)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=1.5e-2)
+        digits = AsTorchvision(images)
+        for x, y in DataLoader(digits, BATCH, shuffle=True, num_workers=4):
+            train_step(model, optimizer, x, y)
+    else:
+        optimizer = torch.optim.AdamW(
+            network.parameters(), lr=5e-4, weight_decay=1.5e-2, fused=True
+        )
+        for batch in torch.randperm(len(images)).split(BATCH):
+            train_step(network, optimizer, *images.batch(batch))
+    return {"seconds": time.perf_counter() - start, "MiB": resident("VmHWM")}
+
+
+class AsTorchvision(Dataset):
+    """Digits as ``torchvision.datasets.MNIST`` with ToTensor gives them, one at a time."""
+
+    def __init__(self, images: data.ImageSet):
+        self.images, self.to_tensor = images, transforms.ToTensor()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = Image.fromarray(self.images.images[index, 0].numpy(), mode="L")
+        return self.to_tensor(image), int(self.images.labels[index])
+
+
+def keep_freed_memory() -> None:
+    """Starts this script again with a glibc that keeps freed memory for the next allocation.
+
+    Else what one contestant frees goes back to the system, and the next one in turn pays for
+    getting it again, page by page: ten contestants in one process would disturb one another.
+    """
+    keep = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
+    if sys.platform == "linux" and not keep.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | keep)
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    task = json.loads(sys.argv[1])
+    if "row" in task:
+        print(json.dumps(peak_memory(**task | {"row": ROWS[task["row"]]})))
+    else:
+        print(json.dumps(epoch(**task)))
