@@ -27,6 +27,8 @@ class Activation:
         function: σ(s), elementwise, any floating dtype.
         function_: the same without a graph; it may write over its argument.
         derivative: σ'(s) as a function of v = σ(s), for s ≥ 0.
+        slope: σ'(s) as a function of s ≥ 0, to a few roundings relative to itself even where σ
+            saturates (1 − tanh² is not); at relu6's kink the left derivative. For proofs.
         supremum: M = sup σ; every fixed point lies in [0, M].
         variant: 1 if σ(0) = 0 (pcDEQ-1), 2 if σ(0) > 0 (pcDEQ-2).
     """
@@ -35,6 +37,7 @@ class Activation:
     function: Callable[[Tensor], Tensor]
     function_: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
     supremum: float
     variant: int
 
@@ -55,6 +58,10 @@ def _softsign_(s: Tensor) -> Tensor:
     return s.div_(s.abs().add_(1))
 
 
+def _relu6_(s: Tensor) -> Tensor:
+    return s.clamp_(0, 6)
+
+
 def _tanh_derivative(v: Tensor) -> Tensor:
     return torch.addcmul(v.new_ones(()), v, v, value=-1)  # 1 − v² in one pass
 
@@ -71,13 +78,61 @@ def _sigmoid_derivative(v: Tensor) -> Tensor:
     return torch.addcmul(v, v, v, value=-1)  # v(1 − v) in one pass
 
 
+def _tanh_slope(s: Tensor) -> Tensor:
+    return s.cosh().square_().reciprocal_()
+
+
+def _softsign_slope(s: Tensor) -> Tensor:
+    return (1 + s).square_().reciprocal_()
+
+
+def _relu6_slope(s: Tensor) -> Tensor:
+    return (s <= 6).to(s.dtype)
+
+
+def _sigmoid_slope(s: Tensor) -> Tensor:
+    return torch.sigmoid(s) * torch.sigmoid(-s)
+
+
 ACTIVATIONS: dict[str, Activation] = {
     a.name: a
     for a in (
-        Activation("tanh", torch.tanh, _tanh_, _tanh_derivative, 1.0, 1),
-        Activation("softsign", F.softsign, _softsign_, _softsign_derivative, 1.0, 1),
-        Activation("relu6", F.relu6, lambda s: s.clamp_(0, 6), _relu6_derivative, 6.0, 1),
-        Activation("sigmoid", torch.sigmoid, torch.sigmoid_, _sigmoid_derivative, 1.0, 2),
+        Activation(
+            "tanh",
+            torch.tanh,
+            _tanh_,
+            _tanh_derivative,
+            _tanh_slope,
+            supremum=1.0,
+            variant=1,
+        ),
+        Activation(
+            "softsign",
+            F.softsign,
+            _softsign_,
+            _softsign_derivative,
+            _softsign_slope,
+            supremum=1.0,
+            variant=1,
+        ),
+        Activation(
+            "relu6",
+            F.relu6,
+            _relu6_,
+            _relu6_derivative,
+            _relu6_slope,
+            supremum=6.0,
+            variant=1,
+        ),
+        Activation(
+            "sigmoid",
+            torch.sigmoid,
+            torch.sigmoid_,
+            _sigmoid_derivative,
+            _sigmoid_slope,
+            supremum=1.0,
+            variant=2,
+        ),
     )
 }
 

@@ -66,16 +66,6 @@ def product(weight: Tensor, z: Tensor, stride: int = 1, padding: int = 1) -> Ten
     return out.view(batch, height, width, m).permute(0, 3, 1, 2)
 
 
-# σ'(s) for s ≥ 0, to a few roundings relative to itself even where σ saturates (1 − tanh² is not).
-# At relu6's kink this is the left derivative; arguments rounded upward give the right one.
-SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": lambda s: s.cosh().square_().reciprocal_(),
-    "softsign": lambda s: (1 + s).square_().reciprocal_(),
-    "relu6": lambda s: (s <= 6).to(s.dtype),
-    "sigmoid": lambda s: torch.sigmoid(s) * torch.sigmoid(-s),
-}
-
-
 class Operator:
     """f(z) = σ(Wz + x) of one layer in float64, with outward rounding.
 
@@ -109,7 +99,7 @@ class Operator:
 
     def slope(self, argument: Tensor, side: int) -> Tensor:
         """σ' at an argument known to ε, rounded down or up: σ' falls, so −1 takes it larger."""
-        value = SLOPES[self.sigma.name](argument * (1 - side * self.rounding))
+        value = self.sigma.slope(argument * (1 - side * self.rounding))
         value = value.mul_(1 + side * 16 * UNIT)
         return value.add_(1e-300) if side > 0 else value  # where an exponential underflowed
 

@@ -17,12 +17,13 @@ import torch
 
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.flags import (
-    Help,
     add_data,
+    add_help,
     add_solver,
     count,
     device,
     from_zero,
+    program,
     rate,
     seed,
 )
@@ -32,8 +33,7 @@ from pcdeq.experiments.signals import Interrupted
 from pcdeq.networks import check_network
 from pcdeq.weights import CheckpointError
 
-EPILOG = """\
-examples:
+EXAMPLES = """\
   python {prog} -net {first} -activ tanh --sample -epochs 10
   python {prog} -net {last} --precision mixed --resume
 """
@@ -151,14 +151,10 @@ def _sentence(error: Exception) -> str:
 def _parser(dataset: str, augmentation: bool) -> argparse.ArgumentParser:
     nets = list(dict.fromkeys(row.net for row in ROWS if row.dataset == dataset))
     prog = f"train_{dataset}.py"
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        usage=f"{prog} -net NET [options]",
-        description="Trains a positive concave deep equilibrium network (pcDEQ, ICML 2024).",
-        epilog=EPILOG.format(prog=prog, first=nets[0], last=nets[-1]),
-        formatter_class=Help,
-        allow_abbrev=False,
-        add_help=False,
+    parser = program(
+        prog, "-net NET [options]",
+        "Trains a positive concave deep equilibrium network (pcDEQ, ICML 2024).",
+        EXAMPLES.format(prog=prog, first=nets[0], last=nets[-1]),
     )
     parser.set_defaults(augment=False, **DEFAULTS[dataset])
 
@@ -195,7 +191,7 @@ def _parser(dataset: str, augmentation: bool) -> argparse.ArgumentParser:
     again("--resume", action="store_true", help="go on where the folder's run stopped")
     run.add_argument("--certify", action="store_true",
                      help="at the end, certificates of the test set's equilibria")
-    run.add_argument("-h", "--help", action="help", help="show this and exit")
+    add_help(run)
 
     add_solver(parser)
     return parser

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pcdeq.activations import ACTIVATIONS
 from pcdeq.certificates import History
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.recipes import ROWS
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (6, 2)), (0, (2, 1)), (0, (6, 2, 1, 2)))
-LOOK = {"tanh": 0, "softsign": 1, "relu6": 2, "sigmoid": 3}  # activation → colour and dashes
 FLOOR = 1e-14  # below it a relative residual in float64 is rounding
 COLUMN = 3.4  # inches: a column of a two-column paper
 STYLE = {
@@ -145,7 +145,7 @@ def _band(axis: Axes, each: np.ndarray, **look: object) -> None:
 
 def _look(line: Line, lines: list[Line]) -> dict[str, object]:
     """Colour and dashes of the activation; fainter where another line of the row came before."""
-    number = LOOK[line.recipe.activation]
+    number = list(ACTIVATIONS).index(line.recipe.activation)
     before = [other for other in lines[: lines.index(line)] if other.recipe == line.recipe]
     return {
         "color": COLOURS[number],

@@ -12,7 +12,25 @@ from pcdeq.implicit import PRECISIONS
 from pcdeq.solvers import SOLVERS
 
 
+def program(name: str, usage: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser without flags, ``--help`` among them, that prints as all programs here do."""
+    return argparse.ArgumentParser(
+        prog=name,
+        usage=f"{name} {usage}",
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=_Help,
+        allow_abbrev=False,
+        add_help=False,
+    )
+
+
 # fmt: off
+def add_help(group: argparse._ArgumentGroup) -> None:
+    """``--help``, among the flags of a group."""
+    group.add_argument("-h", "--help", action="help", help="show this and exit")
+
+
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Where the images come from: the genuine set, the sample, or folders."""
     data = parser.add_argument_group("data")
@@ -38,7 +56,7 @@ def add_solver(parser: argparse.ArgumentParser) -> None:
 # fmt: on
 
 
-class Help(argparse.RawDescriptionHelpFormatter):
+class _Help(argparse.RawDescriptionHelpFormatter):
     """Every flag and what it does on one line."""
 
     def __init__(self, prog: str) -> None:
@@ -46,6 +64,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         value = f" {action.metavar}" if action.metavar else ""
+        value += " ..." * (action.nargs == "+")
         return ", ".join(action.option_strings) + value  # `-b, --batch-size N`, N once
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pcdeq.certificates import history
-from pcdeq.experiments.flags import Help, add_data, count, positive
+from pcdeq.experiments.flags import add_data, add_help, count, positive, program
 from pcdeq.weights import load_network
 
 BATCH = 100  # images whose convergence is shown
-EPILOG = """\
-examples:
+EXAMPLES = """\
   python plot.py runs/* -o figures
   python plot.py runs/mnist_linear_pcdeq_1_tanh_sample_seed0/best.pth --sample -o figures
   python plot.py best.pth --eps 0.002 0.005 0.01 --first 2000 -o figures
@@ -64,18 +63,16 @@ def _of_checkpoint(path: Path, flags: argparse.Namespace) -> list[Path]:
 
 # fmt: off
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="plot.py",
-        usage="plot.py RUN [RUN ...] -o DIR [options]",
-        description="Draws runs and checkpoints, as PNG and PDF, a column of a paper wide.",
-        epilog=EPILOG,
-        formatter_class=Help,
-        allow_abbrev=False,
+    parser = program(
+        "plot.py", "RUN [RUN ...] -o DIR [options]",
+        "Draws runs and checkpoints, as PNG and PDF, a column of a paper wide.",
+        EXAMPLES,
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path,
                         help="folder: accuracy, loss, iterations; checkpoint: convergence")
     parser.add_argument("-o", "--out", metavar="DIR", type=Path, required=True,
                         help="for the figures")
+    add_help(parser)
     proofs = parser.add_argument_group("proofs (of checkpoints)").add_argument
     proofs("--eps", metavar="R", nargs="+", type=positive, default=[],
            help="radii (pixels in [0, 1]): accuracy that is proved, and under attack")

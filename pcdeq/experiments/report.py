@@ -9,12 +9,11 @@ import torch
 from tqdm import tqdm
 
 from pcdeq.activations import ACTIVATIONS
-from pcdeq.experiments.flags import Help, add_data, add_solver, count, device, positive
+from pcdeq.experiments.flags import add_data, add_help, add_solver, count, device, positive, program
 from pcdeq.networks import DATASETS, NETWORKS, check_network
 from pcdeq.weights import load_network
 
-EPILOG = """\
-examples:
+EXAMPLES = """\
   python evaluate.py runs/mnist_linear_pcdeq_1_tanh_sample_seed0/best.pth --sample --certify
   python evaluate.py best.pth --certify --eps 0.002 0.005 0.01 --first 2000
   python evaluate.py authors.pth -net linear_pcdeq_1 -activ tanh --dataset mnist
@@ -99,14 +98,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 # fmt: off
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py",
-        usage="evaluate.py CHECKPOINT [options]",
-        description="Test figures of a trained network, and what can be proved of it.",
-        epilog=EPILOG,
-        formatter_class=Help,
-        allow_abbrev=False,
-        add_help=False,
+    parser = program(
+        "evaluate.py", "CHECKPOINT [options]",
+        "Test figures of a trained network, and what can be proved of it.",
+        EXAMPLES,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pth, last.pth, or a plain "
                         "state dict as the authors' code saves it")
@@ -128,12 +123,12 @@ def _parser() -> argparse.ArgumentParser:
           help="the wider network for augmented CIFAR-10")
 
     add_data(parser)
-    run = parser.add_argument_group("run").add_argument
-    run("-b", "--batch-size", metavar="N", type=count, default=500,
+    run = parser.add_argument_group("run")
+    run.add_argument("-b", "--batch-size", metavar="N", type=count, default=500,
         help="images in a batch of the test (default: %(default)s)")
-    run("--device", metavar="NAME", type=device,
+    run.add_argument("--device", metavar="NAME", type=device,
         help="cpu, cuda, cuda:N, mps (default: cuda, else cpu)")
-    run("-h", "--help", action="help", help="show this and exit")
+    add_help(run)
     add_solver(parser)
     return parser
 # fmt: on

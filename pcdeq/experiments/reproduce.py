@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from pcdeq.experiments.errors import RunError
-from pcdeq.experiments.flags import Help, add_solver, count, device
+from pcdeq.experiments.flags import add_help, add_solver, count, device, program
 from pcdeq.experiments.publish import publish
 from pcdeq.experiments.recipes import ROWS, Recipe
 from pcdeq.experiments.results import collect, find_runs, read_results, train_command
@@ -26,8 +26,7 @@ from pcdeq.experiments.tables import (
 )
 
 PASSED_ON = ("data_root", "device", "solver", "precision", "tol", "max_iter")
-EPILOG = """\
-examples:
+EXAMPLES = """\
   python reproduce.py mnist --rows 'linear*' --jobs 2
   python reproduce.py all --seeds 1 --list | head -1 | sh
   python reproduce.py --table --results mine   # beside the repository's own
@@ -73,14 +72,12 @@ def main(root: Path, argv: Sequence[str] | None = None) -> None:
 
 # fmt: off
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="reproduce.py",
-        usage="reproduce.py {mnist,svhn,cifar,all} [options]",
-        description="Runs what is missing of the paper's tables, and renders what was measured.",
-        epilog=EPILOG,
-        formatter_class=Help,
-        allow_abbrev=False,
+    parser = program(
+        "reproduce.py", "{mnist,svhn,cifar,all} [options]",
+        "Runs what is missing of the paper's tables, and renders what was measured.",
+        EXAMPLES,
     )
+    add_help(parser)
     parser.add_argument("dataset", nargs="?", choices=(*TITLES, "all"), metavar="DATASET",
                         help="which rows: mnist, svhn, cifar, all")
     rows = parser.add_argument_group("what").add_argument
