@@ -34,7 +34,7 @@ from contestants import (
 from textbook import TextbookBlock
 from torch import Tensor, nn
 
-from pcdeq import Network
+from pcdeq import Network, project
 from pcdeq.experiments import data, machine
 
 BARE = "bare kernels"
@@ -74,12 +74,15 @@ def bare_kernels(row: Row, network: Network, x: Tensor, y: Tensor) -> dict[str, 
         z, W, deq = inputs[index], block.deq.f.W, block.deq
         weight = W.weight().detach()
         count = deq.iter_forward + deq.iter_backward
-        sigma = block.activation.function
+        sigma = block.activation.function_
         parts[f"{name} product"] = (torch.no_grad()(functools.partial(W.apply, z, weight)), count)
-        parts[f"{name} σ"] = (torch.no_grad()(functools.partial(sigma, z)), deq.iter_forward)
+        parts[f"{name} σ"] = (
+            torch.no_grad()(functools.partial(sigma, z.clone())),
+            deq.iter_forward,
+        )
         setattr(model, name, Evaluated(block, z))
     rest = nn.Sequential(*model.children())
-    rest.clamp = model.clamp
+    rest.clamp = functools.partial(project, rest)
     parts["rest"] = (functools.partial(train_step, rest, optimizer, x, y), 1)
     return parts
 

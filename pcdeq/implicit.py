@@ -130,6 +130,10 @@ class Equilibrium(nn.Module):
         """g = Jᵀg + ∂L/∂z*, from g = ∂L/∂z*; Jᵀg = Wᵀ(σ'∘g)."""
         if grad is None:  # as autograd says that L does not depend on z*
             return None
+        if torch.is_grad_enabled():  # autograd would drop what runs through here without a word
+            raise RuntimeError(
+                "a pcDEQ block is differentiable once: create_graph=True is not supported"
+            )
         apply = self.f.W.apply
 
         def iteration(dtype: torch.dtype) -> Linearised:
@@ -145,8 +149,7 @@ class Equilibrium(nn.Module):
             slope = self.f.activation.derivative(z)
             transposed = self.f.W.transpose(weight)
             g, self.backward_solve = self._solve(iteration, grad, z.dtype, nonnegative=False)
-        # Under create_graph=True this makes a second differentiation an error, not silently wrong.
-        return g.requires_grad_(torch.is_grad_enabled())
+        return g
 
     def _solve(self, iteration, start, dtype: torch.dtype, *, nonnegative: bool):
         """One solve in the precision asked for: the solution in ``dtype``, and its figures."""

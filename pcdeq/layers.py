@@ -112,7 +112,7 @@ class ConcaveLayer(nn.Module):
         self.activation = activation
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        """σ(Wz + x) as an ordinary differentiable function, for z and x of one shape."""
+        """σ(Wz + x), recorded by autograd as any function, for z and x of one shape."""
         return self.activation.function(self.W.apply(z, self.W.weight()) + x)
 
     def evaluate(self, z: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:

@@ -91,9 +91,14 @@ class Flatten(nn.Flatten):
 
     def forward(self, h: Tensor) -> Tensor:
         """(B, C, H, W) as (B, C·H·W)."""
-        if h.requires_grad:
-            h.register_hook(lambda g: g.contiguous(memory_format=torch.channels_last))
+        if h.requires_grad and h.ndim == 4:
+            h = h.view_as(h)  # the hook is ours, and goes with this pass
+            h.register_hook(_channels_last)
         return super().forward(h)
+
+
+def _channels_last(g: Tensor | None) -> Tensor | None:
+    return None if g is None else g.contiguous(memory_format=torch.channels_last)
 
 
 def _linear(dataset: str, augment: bool, classes: int, block: Callable) -> list:

@@ -3,7 +3,7 @@
 torch vectorises over the channels of a pixel. Where they do not fill its vectors (12, 20, 50
 and 82 channels of the conv networks) its kernels take scalar steps, and cost a tenth of a training
 step. The same arithmetic, written as passes over rows of many pixels at once, is several times as
-fast. Everything else is ``nn.BatchNorm2d``, as are parameters, buffers and state dict.
+fast.
 
 y = w·(h − m)/√(v + ε) + b with mean m and variance v of each channel over batch and pixels
 (Ioffe and Szegedy, 2015).
@@ -13,16 +13,18 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+VECTOR = 8  # channels that torch's kernels take at once, at least
+MANY = 100  # channels from which on scalar steps at the end of each pixel no longer matter
+PIXELS = 64  # in a row, at most: long rows, and still many of them
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d``, to rounding; arguments, attributes and errors are the same."""
+    """``nn.BatchNorm2d``, the same to rounding; what it cannot do faster it leaves to torch."""
 
     def forward(self, h: Tensor) -> Tensor:
         """Normalised h, of its shape (B, channels, H, W) and dtype."""
-        plain = self.affine and self.track_running_stats and self.momentum is not None
-        if not (plain and self.training and _fills_no_vector(h)):
+        if not self._is_faster(h):
             return super().forward(h)
         y, mean, variance = _Normalise.apply(h, self.weight, self.bias, self.eps)
         values = h.numel() // h.shape[1]
@@ -32,17 +34,21 @@ class BatchNorm2d(nn.BatchNorm2d):
             self.running_var.lerp_(variance * (values / (values - 1)), self.momentum)
         return y
 
-
-def _fills_no_vector(h: Tensor) -> bool:
-    return (
-        h.device.type == "cpu"
-        and h.dtype in (torch.float32, torch.float64)
-        and h.ndim == 4
-        and h.shape[1] < 100
-        and h.shape[1] % 8 > 0
-        and h.numel() > h.shape[1]  # torch has the error for one value a channel
-        and h.is_contiguous(memory_format=torch.channels_last)
-    )
+    def _is_faster(self, h: Tensor) -> bool:
+        state = (self.weight, self.bias, self.running_mean, self.running_var)
+        return (
+            self.training
+            and h.device.type == "cpu"
+            and h.dtype in (torch.float32, torch.float64)
+            and h.ndim == 4
+            and h.shape[1] == self.num_features < MANY
+            and h.shape[1] % VECTOR > 0
+            and h.numel() > h.shape[1]  # torch has the error for one value a channel
+            and h.is_contiguous(memory_format=torch.channels_last)
+            and None not in (self.momentum, self.num_batches_tracked)
+            and all(t is not None and t.dtype == h.dtype for t in state)
+            and not torch.compiler.is_compiling()
+        )
 
 
 class _Normalise(torch.autograd.Function):
@@ -53,46 +59,44 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tensor, ...]:
-        rows = _Rows(h)
+        rows, y = _Rows(h), torch.empty_like(h)
         m = rows.mean(rows.of(h))
-        c = rows.of(h) - rows.row(m)
+        c = torch.sub(rows.of(h), rows.row(m), out=rows.of(y))
         v = rows.mean(c * c)
         inverse = (v + eps).rsqrt_()
-        y = torch.addcmul(rows.row(b), c, rows.row(inverse * w), out=c)
+        torch.addcmul(rows.row(b), c, rows.row(inverse * w), out=c)  # c is y's memory
         ctx.save_for_backward(h, w, m, inverse)
         ctx.mark_non_differentiable(m, v)
-        return rows.images(y), m, v
+        ctx.eps = eps
+        return y, m, v
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g: Tensor, *_: None) -> tuple[Tensor, Tensor, Tensor, None]:
         h, w, m, inverse = ctx.saved_tensors
-        rows = _Rows(h)
+        if torch.is_grad_enabled():  # create_graph=True: torch knows the second derivative
+            own = torch.ops.aten.native_batch_norm_backward
+            return *own(g, h, w, None, None, m, inverse, True, ctx.eps, [True] * 3), None
+        rows, dh = _Rows(h), torch.empty_like(h)
         g = rows.of(g)
         c = rows.of(h) - rows.row(m)
         mean_g, mean_gc = rows.mean(g), rows.mean(g * c)
         s = inverse * w
-        dh = torch.addcmul(rows.row(-s * mean_g), g, rows.row(s))
-        dh.addcmul_(c, rows.row(-s * inverse.square() * mean_gc))
-        return rows.images(dh), mean_gc * inverse * rows.values, mean_g * rows.values, None
+        out = torch.addcmul(rows.row(-s * mean_g), g, rows.row(s), out=rows.of(dh))
+        out.addcmul_(c, rows.row(-s * inverse.square() * mean_gc))
+        return dh, mean_gc * inverse * rows.values, mean_g * rows.values, None
 
 
 class _Rows:
     """Images in channels_last as rows of ``pixels`` whole pixels: a row of any number of them."""
 
     def __init__(self, images: Tensor):
-        self.shape = b, self.channels, h, w = images.shape
+        b, self.channels, h, w = images.shape
         self.values = b * h * w  # of each channel
-        self.pixels = math.gcd(self.values, 64)
+        self.pixels = math.gcd(self.values, PIXELS)
 
     def of(self, images: Tensor) -> Tensor:
         """(B, channels, H, W) as (rows, pixels·channels), a view where it is in channels_last."""
         return images.permute(0, 2, 3, 1).reshape(-1, self.pixels * self.channels)
-
-    def images(self, rows: Tensor) -> Tensor:
-        """The inverse of ``of``."""
-        b, c, h, w = self.shape
-        return rows.view(b, h, w, c).permute(0, 3, 1, 2)
 
     def row(self, channels: Tensor) -> Tensor:
         """A value a channel as a row."""

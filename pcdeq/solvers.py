@@ -53,8 +53,8 @@ def picard(
     """Plain fixed-point iteration z ← f(z).
 
     Args:
-        f: the map; ``f(None)`` means f(0). It must not write to its argument, and what it returns
-            is the solver's to write to.
+        f: the map; ``f(None)`` means f(0). It must not write to its argument; what it returns is
+            the solver's, to be written to, and not to be kept or returned again.
         z: the start, any shape with the batch in front, or ``None`` for the origin.
         tol: relative tolerance of the stopping rule.
         max_iter: largest number of evaluations; where it is reached, ``converged`` is false.
@@ -198,7 +198,7 @@ def _iterate(
         for _ in range(max_iter - iterations):
             r = None  # f may have its memory
             fz = f(z)
-            out = None if pending else spare  # what is pending may be the solution
+            out = None if pending or fz is z else spare  # what is pending may be the solution
             r = fz if z is None else torch.sub(fz, z, out=out)
             norms += [_norm(r), _norm(fz)]
             pending.append(fz)
@@ -220,7 +220,7 @@ def _relative(change: float, size: float) -> float:
 
 def _norm(t: Tensor) -> Tensor:
     """‖t‖₂, 0-dimensional."""
-    if t.ndim != 4 or t.device.type != "cpu" or t.dtype.itemsize < 4:
+    if t.ndim != 4 or t.device.type != "cpu" or t.dtype not in (torch.float32, torch.float64):
         return vector_norm(t)
     t = t.permute(0, 2, 3, 1).reshape(-1)  # a view, if t is in channels_last
     return t.dot(t).sqrt_()  # in half the time of vector_norm

@@ -305,7 +305,29 @@ def test_flatten_keeps_its_gradient_in_channels_last():
     out.backward(g)
     assert torch.equal(out, h.flatten(1)) and torch.equal(leaf.grad.flatten(1), g)
     assert gradients[0].is_contiguous(memory_format=torch.channels_last)
+    Flatten()(middle)
+    assert len(middle._backward_hooks) == 1  # the test's: its own is on a view
     with torch.no_grad():
         still = leaf * 1
         Flatten()(still)
     assert still._backward_hooks is None
+    vectors = torch.randn(4, 6, requires_grad=True)
+    Flatten()(vectors).sum().backward()
+    assert torch.equal(vectors.grad, torch.ones(4, 6))
+
+
+@pytest.mark.parametrize(
+    "name, activation", [("single_conv_pcdeq_1", "tanh"), ("multi_conv_pcdeq_1", "relu6")]
+)
+def test_a_compiled_network_is_the_same(name, activation):
+    torch.manual_seed(0)
+    network = build_network(name, activation)
+    images = torch.rand(8, 1, 28, 28).contiguous(memory_format=torch.channels_last)
+    results = []
+    for model in (network, torch.compile(network, backend="aot_eager")):
+        network.zero_grad()
+        model(images).square().sum().backward()
+        results.append([p.grad.clone() for p in network.parameters()])
+    for eager, compiled in zip(*results, strict=True):
+        scale = eager.abs().max().item()
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4 * scale + 1e-5)

@@ -1,4 +1,4 @@
-"""Batch normalisation of few channels: nn.BatchNorm2d, to rounding, in every respect."""
+"""Batch normalisation of few channels: nn.BatchNorm2d, to rounding, and its errors."""
 
 import copy
 
@@ -57,14 +57,24 @@ def test_its_own_arithmetic_is_what_was_tested(monkeypatch):
     assert calls == [1, 12, 20, 50, 82]  # neither where they fill vectors nor where there are many
 
 
-def test_gradcheck():
+def test_first_and_second_derivatives():
     ours, _ = pair(3)
     x = images(3, batch=2, h=2, w=3).requires_grad_()
-    assert torch.autograd.gradcheck(lambda h, w, b: ours_at(ours, h, w, b), (x, *ours.parameters()))
+    arguments = (x, *ours.parameters())
+    y = lambda h, w, b: normalisation._Normalise.apply(h, w, b, ours.eps)[0]  # noqa: E731
+    assert torch.autograd.gradcheck(y, arguments)
+    assert torch.autograd.gradgradcheck(y, arguments)
 
 
-def ours_at(layer, h, w, b):
-    return normalisation._Normalise.apply(h, w, b, layer.eps)[0]
+def test_a_layer_that_writes_in_place_may_follow():
+    ours, theirs = pair(12, torch.float32)
+    x = images(12, torch.float32)
+    results = []
+    for layer in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        y = nn.Sequential(layer, nn.ReLU(inplace=True))(leaf)
+        results.append((y, *torch.autograd.grad(y.square().sum(), leaf)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 def test_float32_is_as_close_to_the_truth_as_torch():
@@ -81,6 +91,7 @@ def test_float32_is_as_close_to_the_truth_as_torch():
         lambda x: x.contiguous(),  # another layout
         lambda x: x.bfloat16(),  # under autocast
         lambda x: x[:, :, ::2],  # a view with gaps
+        lambda x: x[:, :, :, :1],
     ],
 )
 def test_what_it_does_not_speed_up_is_left_to_torch(change):
@@ -99,6 +110,16 @@ def test_evaluation_is_torch_s_own():
 def test_one_value_a_channel_is_torch_s_error():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         BatchNorm2d(3)(torch.randn(1, 3, 1, 1))
+
+
+@pytest.mark.parametrize("x", [torch.randn(4, 20, 3, 3), torch.randn(4, 12, 3, 3).double()])
+def test_errors_are_torch_s(x):
+    x = x.contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError) as reference:
+        nn.BatchNorm2d(12)(x)
+    with pytest.raises(RuntimeError) as error:
+        BatchNorm2d(12)(x)
+    assert str(error.value) == str(reference.value)
 
 
 def test_options_of_torch_s_layer_work():

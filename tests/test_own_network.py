@@ -159,23 +159,12 @@ def test_activation_checkpointing(kind, reentrant):
 @both
 @pytest.mark.parametrize("of", ["input", "weight"])
 def test_second_derivatives_are_refused(kind, of):
-    """The hook's solve is not recorded: to differentiate its result would be silently wrong."""
+    """The hook's solve is not recorded: autograd would drop what runs through it, silently."""
     block = make(kind)
     h = signal(kind).requires_grad_()
     before = block.deq.f.W.weight_v if of == "weight" else h
-    (gradient,) = torch.autograd.grad(block(h).square().sum(), before, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.square().sum().backward()
-
-
-@both
-def test_create_graph_without_a_second_derivative_is_no_error(kind):
-    block = make(kind)
-    h, probe = signal(kind), torch.rand(SHAPES[kind])
-    _, reference = run(block, h, probe)
-    h.requires_grad_()
-    (gradient,) = torch.autograd.grad((block(h) * probe).sum(), h, create_graph=True)
-    torch.testing.assert_close(gradient.detach(), reference[0])
+    with pytest.raises(RuntimeError, match="differentiable once: create_graph=True is not"):
+        torch.autograd.grad(block(h).square().sum(), before, create_graph=True)
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5)])

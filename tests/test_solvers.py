@@ -224,6 +224,18 @@ def test_anderson_is_the_least_squares_step():
         torch.testing.assert_close(solve.z, f(z[k - 1]), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_a_map_that_returns_its_argument_or_a_constant_is_solved(solver):
+    """What comes back is the iterate itself: its memory must not take the residual."""
+    constant = torch.ones(3, 2)
+    solve = solver(lambda z: constant, None, tol=1e-6, max_iter=9)
+    assert solve.converged and torch.equal(solve.z, torch.ones(3, 2))
+    start = torch.full((3, 2), 2.0)
+    solve = solver(lambda z: z, start, tol=1e-6, max_iter=9)
+    assert solve.converged and solve.iterations == 1 and torch.equal(solve.z, start)
+    assert torch.equal(constant, torch.ones(3, 2)) and torch.equal(start, torch.full((3, 2), 2.0))
+
+
 def test_anderson_takes_the_plain_step_where_a_residual_did_not_fall():
     """Without the rule, r = 1, then 2 would give γ = 2 and throw the iterate far off."""
     values = iter([1.0, 3.0, 3.5])

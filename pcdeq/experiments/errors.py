@@ -1,4 +1,4 @@
-"""What ends a program with exit status 1: its text is the one sentence for the user."""
+"""What ends a program of this floor with exit status 1; the text is the sentence for the user."""
 
 
 class RunError(RuntimeError):

@@ -149,7 +149,7 @@ def _look(line: Line, lines: list[Line]) -> dict[str, object]:
     before = [other for other in lines[: lines.index(line)] if other.recipe == line.recipe]
     return {
         "color": COLOURS[number],
-        "linestyle": DASHES[number],
+        "linestyle": DASHES[number % len(DASHES)],
         "alpha": 1 / (1 + len(before)),
     }
 

@@ -13,7 +13,7 @@ from pcdeq.solvers import SOLVERS
 
 
 def program(name: str, usage: str, description: str, examples: str) -> argparse.ArgumentParser:
-    """A parser without flags, ``--help`` among them, that prints as all programs here do."""
+    """A parser that prints as all programs here do; it has no flag yet, not even ``--help``."""
     return argparse.ArgumentParser(
         prog=name,
         usage=f"{name} {usage}",
@@ -26,7 +26,7 @@ def program(name: str, usage: str, description: str, examples: str) -> argparse.
 
 
 # fmt: off
-def add_help(group: argparse._ArgumentGroup) -> None:
+def add_help(group: argparse._ActionsContainer) -> None:
     """``--help``, among the flags of a group."""
     group.add_argument("-h", "--help", action="help", help="show this and exit")
 
@@ -68,7 +68,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return ", ".join(action.option_strings) + value  # `-b, --batch-size N`, N once
 
 
-def number(kind: type, accepts: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
+def _number(kind: type, accepts: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
     def convert(text: str) -> float:
         with contextlib.suppress(ValueError):
             if accepts(value := kind(text)):
@@ -78,11 +78,11 @@ def number(kind: type, accepts: Callable[[float], bool], wanted: str) -> Callabl
     return convert
 
 
-count = number(int, lambda n: 0 < n < 2**31, "a whole number from 1 on")
-from_zero = number(int, lambda n: 0 <= n < 2**31, "a whole number from 0 on")
-seed = number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 4294967295")
-rate = number(float, lambda x: 0 <= x < math.inf, "a finite number from 0 on")
-positive = number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
+count = _number(int, lambda n: 0 < n < 2**31, "a whole number from 1 on")
+from_zero = _number(int, lambda n: 0 <= n < 2**31, "a whole number from 0 on")
+seed = _number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 4294967295")
+rate = _number(float, lambda x: 0 <= x < math.inf, "a finite number from 0 on")
+positive = _number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
 
 
 def device(name: str) -> str:

@@ -8,6 +8,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pcdeq.certificates import history
+from pcdeq.experiments.certifying import robust_accuracy
+from pcdeq.experiments.data import load
+from pcdeq.experiments.figures import convergence_figure, robustness_figure, run_figures
 from pcdeq.experiments.flags import add_data, add_help, count, positive, program
 from pcdeq.weights import load_network
 
@@ -30,8 +33,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         RunError: also CheckpointError, DataError; each with one sentence for the user.
     """
     flags = _parser().parse_args(argv)
-    from pcdeq.experiments.figures import run_figures  # late: it brings torchvision
-
     folders = [run for run in flags.runs if run.is_dir()]
     made = run_figures(folders, flags.out) if folders else []
     for path in (run for run in flags.runs if run not in folders):
@@ -40,10 +41,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _of_checkpoint(path: Path, flags: argparse.Namespace) -> list[Path]:
-    from pcdeq.experiments.certifying import robust_accuracy
-    from pcdeq.experiments.data import load
-    from pcdeq.experiments.figures import convergence_figure, robustness_figure
-
     model = load_network(path)
     source = {"root": flags.data_root, "sample": flags.sample, "image_folder": flags.image_folder}
     _, images, _ = load(model.dataset, **source)

@@ -9,6 +9,9 @@ import torch
 from tqdm import tqdm
 
 from pcdeq.activations import ACTIVATIONS
+from pcdeq.experiments import certifying, data, machine
+from pcdeq.experiments.errors import RunError
+from pcdeq.experiments.evaluation import evaluate
 from pcdeq.experiments.flags import add_data, add_help, add_solver, count, device, positive, program
 from pcdeq.networks import DATASETS, NETWORKS, check_network
 from pcdeq.weights import load_network
@@ -31,10 +34,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         CheckpointError: also DataError, RunError; each with one sentence for the user.
     """
     flags = _parse(argv)
-    from pcdeq.experiments import certifying, data, machine  # late: they bring torchvision
-    from pcdeq.experiments.errors import RunError
-    from pcdeq.experiments.evaluation import evaluate
-
     options = {name: getattr(flags, name) for name in ("solver", "precision", "tol", "max_iter")}
     identity = (flags.net, flags.activation, flags.dataset, flags.augment)
     model = load_network(flags.checkpoint, *identity, **options).to(flags.device)
@@ -125,9 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     add_data(parser)
     run = parser.add_argument_group("run")
     run.add_argument("-b", "--batch-size", metavar="N", type=count, default=500,
-        help="images in a batch of the test (default: %(default)s)")
+                     help="images in a batch of the test (default: %(default)s)")
     run.add_argument("--device", metavar="NAME", type=device,
-        help="cpu, cuda, cuda:N, mps (default: cuda, else cpu)")
+                     help="cpu, cuda, cuda:N, mps (default: cuda, else cpu)")
     add_help(run)
     add_solver(parser)
     return parser
