@@ -47,6 +47,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
             not a checkpoint.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder: name best.pth or last.pth in it")
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file")
     try:
@@ -63,7 +65,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged or foreign archive can fail anywhere in the readers
         raise CheckpointError(
-            f"{path} is no checkpoint of tensors and plain values, or is damaged: {_brief(error)}"
+            f"{path} is no checkpoint of tensors and plain values (a state dict, not a pickled "
+            "module), or is damaged"
         ) from error
     model = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(model, dict) or not all(map(_is_entry, model.items())):
@@ -138,8 +141,8 @@ def load_network(
         missing = [key for key in ("network", "activation", "dataset") if asked[key] is None]
         if missing:
             raise CheckpointError(
-                f"{path} is a plain state dict, which does not say its {' and '.join(missing)}: "
-                "name them"
+                f"{path} is a plain state dict, which does not say its {', '.join(missing)}: "
+                "evaluate.py takes them as -net, -activ, --dataset, load_network as arguments"
             )
         identity = {**asked, "augment": bool(augment), "classes": len(classifier)}
     try:

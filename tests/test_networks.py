@@ -316,18 +316,16 @@ def test_flatten_keeps_its_gradient_in_channels_last():
     assert torch.equal(vectors.grad, torch.ones(4, 6))
 
 
-@pytest.mark.parametrize(
-    "name, activation", [("single_conv_pcdeq_1", "tanh"), ("multi_conv_pcdeq_1", "relu6")]
-)
-def test_a_compiled_network_is_the_same(name, activation):
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of what dynamo thinks of a cache
+def test_a_compiled_network_is_the_same():
     torch.manual_seed(0)
-    network = build_network(name, activation)
-    images = torch.rand(8, 1, 28, 28).contiguous(memory_format=torch.channels_last)
+    network = build_network("single_conv_pcdeq_1", "tanh")
+    images = torch.rand(2, 1, 28, 28).contiguous(memory_format=torch.channels_last)
     results = []
     for model in (network, torch.compile(network, backend="aot_eager")):
         network.zero_grad()
         model(images).square().sum().backward()
         results.append([p.grad.clone() for p in network.parameters()])
     for eager, compiled in zip(*results, strict=True):
-        scale = eager.abs().max().item()
-        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4 * scale + 1e-5)
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)

@@ -227,9 +227,13 @@ def test_a_crash_between_two_files_is_mended_by_the_next_start(
 # What is read
 
 
-def test_without_a_last_checkpoint_a_run_begins(tmp_path, finished):
+def test_a_run_whose_last_checkpoint_is_gone_is_not_begun_over_it(tmp_path, finished):
     assert Run(finished).load() is None  # without --resume
     os.remove(finished.folder / runs.LAST)
+    with pytest.raises(ValueError, match=r"no last\.pth to go on from: --overwrite"):
+        check_folder(replace(finished, resume=True))
+    os.remove(finished.folder / runs.METRICS)  # no epoch was complete
+    check_folder(replace(finished, resume=True))
     assert Run(replace(finished, resume=True)).load() is None
 
 

@@ -198,7 +198,7 @@ def test_load_network_refuses_what_contradicts_the_file(asked, tmp_path):
 
 def test_load_network_says_what_a_plain_state_dict_does_not(tmp_path):
     path = authors(perturbed(), tmp_path / "authors.pth")
-    with pytest.raises(CheckpointError, match="its network and activation and dataset: name"):
+    with pytest.raises(CheckpointError, match="its network, activation, dataset: evaluate"):
         load_network(path)
     with pytest.raises(CheckpointError, match=r"does not say its dataset: name"):
         load_network(path, "linear_pcdeq_1", "tanh")
@@ -267,7 +267,7 @@ def test_a_state_dict_of_something_else_is_refused(content, tmp_path):
 
 def test_no_file_and_no_directory(tmp_path):
     assert "no such file" in refusal(tmp_path / "none.pth")
-    assert "no such file" in refusal(tmp_path)
+    assert "is a folder: name best.pth or last.pth in it" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"hello\n" * 1000, pickle.dumps({"a": 1})])

@@ -22,6 +22,7 @@ from pcdeq.experiments.flags import (
     add_solver,
     count,
     device,
+    folder,
     from_zero,
     program,
     rate,
@@ -185,7 +186,8 @@ def _parser(dataset: str, augmentation: bool) -> argparse.ArgumentParser:
     run = parser.add_argument_group("run")
     run.add_argument("--device", metavar="NAME", type=device,
                      help="cpu, cuda, cuda:N, mps (default: cuda, else cpu)")
-    run.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/NAME_OF_RUN)")
+    run.add_argument("--out", metavar="DIR", type=folder,
+                     help="the run's folder (default: runs/NAME_OF_RUN)")
     again = run.add_mutually_exclusive_group().add_argument
     again("--overwrite", action="store_true", help="start anew where the folder holds a run")
     again("--resume", action="store_true", help="go on where the folder's run stopped")

@@ -98,6 +98,7 @@ def result_figures(results: Iterable[Result], directory: str | Path) -> list[Pat
                 for axis, (title, panel) in zip(axes, panels, strict=True):
                     draw(axis, panel)
                     axis.set(title=title, xlabel="epoch")
+                    axis.xaxis.get_major_locator().set_params(integer=True)
             paths.append(Path(f"{path}.png"))
     return paths
 
@@ -129,8 +130,8 @@ def _iterations(axis: Axes, lines: list[Line]) -> None:
         _band(axis, forward, label=_label(line), **look | {"linestyle": "-"})
         _band(axis, backward, **look | {"linestyle": DASHES[2]})
     axis.plot([], [], color="grey", linestyle=DASHES[2], label="backward")
-    axis.set(ylabel="iterations of a solve", ylim=(0, None))
-    axis.legend(loc="best")
+    axis.set(ylabel="iterations of a solve", ylim=(0, 1.5 * axis.dataLim.ymax))  # room for:
+    axis.legend(loc="upper center", ncols=2)
 
 
 def _band(axis: Axes, each: np.ndarray, **look: object) -> None:
@@ -185,11 +186,13 @@ def run_figures(folders: Sequence[str | Path], directory: str | Path) -> list[Pa
         _pair(upper, runs, "test_acc", "train_acc", "accuracy, %")
         _pair(lower, runs, "test_loss", "train_loss", "cross entropy, nats")
         lower.set(yscale="log", xlabel="epoch")
+        lower.xaxis.get_major_locator().set_params(integer=True)
         _legend(upper, "test", "training")
     with drawing(iterations, COLUMN, 2.5) as figure:
         axis = figure.subplots()
         _pair(axis, runs, "forward_iters", "backward_iters", "iterations of a solve")
         axis.set(ylim=(0, None), xlabel="epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         _legend(axis, "forward", "backward")
     return [Path(f"{path}.png") for path in (curves, iterations)]
 

@@ -85,6 +85,13 @@ rate = _number(float, lambda x: 0 <= x < math.inf, "a finite number from 0 on")
 positive = _number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
 
 
+def folder(name: str) -> str:
+    """A folder's name: an unset variable of the shell does not mean this one."""
+    if not name.strip():
+        raise argparse.ArgumentTypeError("the name is empty")
+    return name
+
+
 def device(name: str) -> str:
     """A device that is there."""
     if not re.fullmatch(r"cpu|mps|cuda(:[0-9]{1,3})?", name):

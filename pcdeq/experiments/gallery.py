@@ -10,6 +10,7 @@ from tqdm import tqdm
 from pcdeq.certificates import history
 from pcdeq.experiments.certifying import robust_accuracy
 from pcdeq.experiments.data import load
+from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.figures import convergence_figure, robustness_figure, run_figures
 from pcdeq.experiments.flags import add_data, add_help, count, positive, program
 from pcdeq.weights import load_network
@@ -34,19 +35,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     flags = _parser().parse_args(argv)
     folders = [run for run in flags.runs if run.is_dir()]
-    made = run_figures(folders, flags.out) if folders else []
+    checkpoints = {}
     for path in (run for run in flags.runs if run not in folders):
-        made += _of_checkpoint(path, flags)
+        if (name := _name(path)) in checkpoints:
+            raise RunError(f"{checkpoints[name]} and {path} would be drawn into the same files")
+        checkpoints[name] = path
+    made = run_figures(folders, flags.out) if folders else []
+    for name, path in checkpoints.items():
+        made += _of_checkpoint(path, name, flags)
     print(*made, sep="\n")
 
 
-def _of_checkpoint(path: Path, flags: argparse.Namespace) -> list[Path]:
+def _name(path: Path) -> str:
+    """What the figures of a checkpoint are named after: the run, where the file does not say it."""
+    named = path.stem not in ("best", "last")
+    return path.stem if named else f"{path.resolve().parent.name}_{path.stem}"
+
+
+def _of_checkpoint(path: Path, name: str, flags: argparse.Namespace) -> list[Path]:
     model = load_network(path)
     source = {"root": flags.data_root, "sample": flags.sample, "image_folder": flags.image_folder}
     _, images, _ = load(model.dataset, **source)
-    name = path.stem
-    if name in ("best", "last"):  # which run's?
-        name = f"{path.resolve().parent.name}_{name}"
     batch, _ = images.batch(slice(BATCH))
     made = [convergence_figure(history(model, batch), flags.out / f"{name}_convergence")]
     if flags.eps:

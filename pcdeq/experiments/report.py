@@ -51,11 +51,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{model.name} ({model.activation}) for {model.dataset}, {size:,} parameters, "
-        f"on {where['device_name']}, {where['threads']} threads"
+        f"on {where['device_name']}, {where['threads']} thread(s); "
+        f"{flags.solver}, {flags.precision}, tolerance {flags.tol:g}"
     )
+    origin = " (the sample: from MNIST's training set)" * flags.sample
     test = evaluate(model, images, flags.batch_size)
     print(
-        f"{len(images):,} test images: accuracy {test.accuracy:.2f} %, loss {test.loss:.4f}; "
+        f"{len(images):,} test images{origin}: "
+        f"accuracy {test.accuracy:.2f} %, loss {test.loss:.4f}; "
         f"iterations {test.forward_iters:.1f} (mean), {test.forward_iters_max} (max); "
         f"{test.images_per_second:,.0f} images/s"
     )

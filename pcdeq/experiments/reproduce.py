@@ -14,7 +14,7 @@ from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.flags import add_help, add_solver, count, device, program
 from pcdeq.experiments.publish import publish
 from pcdeq.experiments.recipes import ROWS, Recipe
-from pcdeq.experiments.results import collect, find_runs, read_results, train_command
+from pcdeq.experiments.results import Result, collect, find_runs, read_results, train_command
 from pcdeq.experiments.schedule import Job, cores, run_all
 from pcdeq.experiments.tables import (
     TITLES,
@@ -62,7 +62,7 @@ def main(root: Path, argv: Sequence[str] | None = None) -> None:
     elif args.figures:
         from pcdeq.experiments.figures import result_figures  # late: matplotlib is optional
 
-        for path in result_figures(read_results(results), results / "figures"):
+        for path in result_figures(_held(results), results / "figures"):
             print(path)
     elif args.dataset:
         _run(args, recipes, results, root, own)
@@ -73,7 +73,7 @@ def main(root: Path, argv: Sequence[str] | None = None) -> None:
 # fmt: off
 def _parser() -> argparse.ArgumentParser:
     parser = program(
-        "reproduce.py", "{mnist,svhn,cifar,all} [options]",
+        "reproduce.py", "[mnist | svhn | cifar | all] [options]",
         "Runs what is missing of the paper's tables, and renders what was measured.",
         EXAMPLES,
     )
@@ -177,6 +177,12 @@ def _collect(folders: list[Path], results: Path, home: Path) -> None:
         raise RunError(f"{refused} of {len(folders)} runs were not taken in")
 
 
+def _held(results: Path) -> list[Result]:
+    if not (held := read_results(results)):
+        raise RunError(f"{results} holds no results: reproduce.py DATASET --results {results}")
+    return held
+
+
 def references(root: Path) -> list[Reference]:
     """Other implementations' accuracies that the repository carries."""
     return [read_reference(path) for path in sorted((root / "results/references").glob("*.json"))]
@@ -188,7 +194,7 @@ def _table(recipes: list[Recipe], results: Path, root: Path, own: bool) -> None:
     if not own:
         ours = read_results(root / "results")
         beside.insert(0, as_reference("this repository", "`results/` of this repository.", ours))
-    text = render(recipes, read_results(results), beside)
+    text = render(recipes, _held(results), beside)
     print(text)
     if own and len(recipes) == len(ROWS):
         write_between(root / "README.md", text)

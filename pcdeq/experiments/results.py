@@ -14,10 +14,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.files import write_whole
 from pcdeq.experiments.recipes import ROWS, Recipe
 from pcdeq.experiments.runs import CONFIG, METRICS, RunConfig, read_config
+from pcdeq.networks import build_network
 
 RECIPES = {recipe.name: recipe for recipe in ROWS}
 OPTIONS = ("solver", "precision", "tol", "max_iter")
@@ -93,8 +96,8 @@ def read_results(directory: str | Path) -> list[Result]:
 def _read(path: Path) -> Result:
     try:
         result = Result(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise RunError(f"{path} is not a result file: {error}") from None
+    except (ValueError, TypeError):
+        raise RunError(f"{path} is not a result file as reproduce.py writes it") from None
     if result.row not in RECIPES:
         raise RunError(f"{path} names the row {result.row!r}, which the paper does not have")
     if result.name != path.stem:
@@ -141,6 +144,8 @@ def _result(config: dict, metrics: list[dict[str, float]]) -> Result:
     recipe = _recipe(config)
     if not 0 < len(metrics) <= recipe.epochs:
         raise RunError(f"{len(metrics)} epochs, where the recipe has {recipe.epochs}")
+    if config["parameters"] != parameter_count(recipe):
+        raise RunError("its images have another number of classes than the data set")
     parts = [*config["earlier"], config]  # a resumed run may have begun on another machine
     return Result(
         row=recipe.name,
@@ -179,6 +184,13 @@ def _recipe(config: dict) -> Recipe:
         if mine != papers:
             raise RunError(f"{key} {mine} is not the recipe's {papers}")
     return recipe
+
+
+def parameter_count(recipe: Recipe) -> int:
+    """Parameters of a row's network, counted without allocating them."""
+    with torch.device("meta"):
+        model = build_network(recipe.net, recipe.activation, recipe.dataset, recipe.augment)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def train_command(recipe: Recipe, seed: int, options: dict[str, object]) -> list[str]:

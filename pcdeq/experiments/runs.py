@@ -128,6 +128,10 @@ def check_folder(config: RunConfig) -> None:
         raise ValueError(
             f"{folder} already holds a run: --resume goes on with it, --overwrite starts it anew"
         )
+    if config.resume and (folder / METRICS).exists() and not (folder / LAST).exists():
+        raise ValueError(
+            f"{folder} holds a run but no {LAST} to go on from: --overwrite starts it anew"
+        )
     if config.resume and (folder / CONFIG).exists():
         old = read_config(folder)
         different = differences(old, config.identity())

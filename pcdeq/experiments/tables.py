@@ -16,14 +16,12 @@ from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev, variance
 
-import torch
 from scipy.stats import t as student
 
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.files import write_whole
 from pcdeq.experiments.recipes import Recipe
-from pcdeq.experiments.results import DEFAULT_OPTIONS, Result
-from pcdeq.networks import build_network
+from pcdeq.experiments.results import DEFAULT_OPTIONS, Result, parameter_count
 
 TITLES = {"mnist": "MNIST", "svhn": "SVHN", "cifar": "CIFAR-10"}
 BEGIN = "<!-- tables: begin (python reproduce.py --table writes what stands here) -->"
@@ -32,7 +30,8 @@ FOREIGN = "† Not the genuine data set but a folder of images (`--image-folder`
 SHORT = "‡ Cut short: fewer epochs than the recipe's."
 LEGEND = (
     "Test accuracy: mean ± standard deviation over n seeds. Iterations forward / backward in the "
-    "last epoch and training time: means over seeds. Letters: where and how it ran."
+    "last epoch and training time: means over seeds. The best epoch is chosen on the test set: an "
+    "optimistic figure. Letters: where and how it ran."
 )
 COLUMNS = (
     "data set", "network", "activation", "parameters",
@@ -249,13 +248,6 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes:.{1 if minutes < 9.95 else 0}f} min"
     return f"{minutes / 60:.1f} h"
-
-
-def parameter_count(recipe: Recipe) -> int:
-    """Parameters of a row's network, counted without allocating them."""
-    with torch.device("meta"):
-        model = build_network(recipe.net, recipe.activation, recipe.dataset, recipe.augment)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def write_between(path: str | Path, text: str) -> None:
