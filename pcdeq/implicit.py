@@ -216,6 +216,9 @@ class PcDEQ(nn.Module):
     def activation(self) -> Activation:
         return self.deq.f.activation
 
+    def extra_repr(self) -> str:
+        return f"pcDEQ-{self.activation.variant}, {self.activation.name}"
+
     def inject(self, h: Tensor) -> Tensor:
         """x > 0 (pcDEQ-1) or x ≥ 0 (pcDEQ-2), shape and dtype of h."""
         return INJECTIONS[self.activation.variant](h)

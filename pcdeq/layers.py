@@ -39,6 +39,9 @@ class Nonnegative(nn.Module):
         """W = g·v/‖v‖, shape of v, recorded by autograd. A row with v = 0 is a row W = 0."""
         return _WeightNorm.apply(self.weight_v, self.weight_g)
 
+    def extra_repr(self) -> str:
+        return f"{len(self.weight_v)}"
+
     @torch.no_grad()
     def clamp(self) -> None:
         """Projects v and g onto the nonnegative orthant, in place."""

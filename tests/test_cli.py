@@ -128,6 +128,7 @@ REFUSED = [
     ("mnist", "-net linear_pcdeq_1 --sample --image-folder x", "not allowed with.*--sample"),
     ("mnist", "-net linear_pcdeq_1 --resume --overwrite", "not allowed with"),
     ("mnist", "-net linear_pcdeq_1 --out file/below", "file/below.*cannot be written"),
+    ("mnist", "-net linear_pcdeq_1 --out=", "--out: the name is empty"),
 ]
 
 

@@ -6,6 +6,7 @@ import pytest
 from made_up import made_up_run
 
 from pcdeq import CheckpointError
+from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.gallery import main
 from pcdeq.experiments.results import RECIPES
 
@@ -29,6 +30,15 @@ def test_runs_and_checkpoints_get_their_figures(tmp_path, capsys):
 def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="nothing"):
         main([str(tmp_path / "nothing.pth"), "-o", str(tmp_path)])
+
+
+def test_two_checkpoints_of_one_name_are_not_drawn_over_each_other(tmp_path):
+    for place in ("a", "b"):
+        made_up_run(tmp_path / place / "run", LINEAR)
+    paths = [str(tmp_path / place / "run/last.pth") for place in ("a", "b")]
+    with pytest.raises(RunError, match=r"a/run/last\.pth and .*b/run/last\.pth would be drawn"):
+        main([*paths, "-o", str(tmp_path / "out"), "--sample"])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("words", [[], ["run"], ["run", "-o", "x", "--eps", "-1"]])

@@ -23,7 +23,7 @@ def test_every_file_of_the_package_is_installed():
 
 
 def test_the_licence_is_named_and_there():
-    assert 'license = "Apache-2.0"' in PYPROJECT
+    assert 'license = "Apache-2.0 AND CC-BY-SA-3.0"' in PYPROJECT
     (name,) = listed("license-files")
     assert "Apache License" in (ROOT / name).read_text(encoding="utf-8")
     assert "license: Apache-2.0" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

@@ -91,6 +91,7 @@ def test_a_run_that_moved_names_both_machines(tmp_path):
         ({"ran": 41}, "41 epochs"),
         ({"net": "linear_pcdeq_2"}, "none of the paper's rows"),
         ({"tf32": None}, "does not say"),
+        ({"parameters": 69_762}, "another number of classes"),
     ],
 )
 def test_what_is_no_row_of_the_paper_is_refused(tmp_path, changes, why):

@@ -325,6 +325,12 @@ def test_someone_elses_results_stand_beside_the_repositorys(tmp_path, capsys):
     assert (ROOT / "README.md").read_bytes() == before
 
 
+@pytest.mark.parametrize("what", ["--table", "--figures"])
+def test_a_folder_without_results_is_an_error(tmp_path, what):
+    with pytest.raises(RunError, match="holds no results"):
+        main(ROOT, [what, "--results", str(tmp_path / "none")])
+
+
 @pytest.mark.parametrize(
     "words",
     [

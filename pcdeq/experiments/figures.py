@@ -93,7 +93,7 @@ def result_figures(results: Iterable[Result], directory: str | Path) -> list[Pat
         ]
         for name, draw in (("accuracy", _accuracy), ("iterations", _iterations)):
             path = Path(directory) / f"{dataset}_{name}"
-            with drawing(path, 0.5 + 2.6 * len(panels), 2.6, ("png",)) as figure:
+            with drawing(path, 0.5 + 2.6 * len(panels), 3, ("png",)) as figure:
                 axes = figure.subplots(1, len(panels), squeeze=False)[0]
                 for axis, (title, panel) in zip(axes, panels, strict=True):
                     draw(axis, panel)
@@ -130,8 +130,10 @@ def _iterations(axis: Axes, lines: list[Line]) -> None:
         _band(axis, forward, label=_label(line), **look | {"linestyle": "-"})
         _band(axis, backward, **look | {"linestyle": DASHES[2]})
     axis.plot([], [], color="grey", linestyle=DASHES[2], label="backward")
-    axis.set(ylabel="iterations of a solve", ylim=(0, 1.5 * axis.dataLim.ymax))  # room for:
-    axis.legend(loc="upper center", ncols=2)
+    axis.set(ylabel="iterations of a solve", ylim=(0, None))
+    labels = axis.get_legend_handles_labels()[1]
+    columns = 2 if max(map(len, labels)) < 20 else 1
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns)  # under the axis
 
 
 def _band(axis: Axes, each: np.ndarray, **look: object) -> None:
