@@ -132,7 +132,7 @@ def iterations(model: nn.Module) -> dict[str, list]:
         }
     return {
         "forward": [b.iter_forward for b in blocks],
-        "backward": [b.iter_backward for b in blocks],
+        "backward": [b.iter_backward for b in blocks if b.iter_backward],  # torchdeq counts none
     }
 
 
@@ -183,6 +183,7 @@ def main() -> None:
     print(
         f"{where['processor']}, {amx()}, {where['threads']} threads, "
         f"torch {where['versions']['torch']}, batch {BATCH}, medians of interleaved rounds\n"
+        "it: the step of the row; B: the bare kernels; iterations block by block\n"
     )
     for row in ROWS:
         if not fnmatch.fnmatch(row.name, args.rows):
