@@ -142,7 +142,7 @@ def load_network(
         if missing:
             raise CheckpointError(
                 f"{path} is a plain state dict, which does not say its {', '.join(missing)}: "
-                "evaluate.py takes them as -net, -activ, --dataset, load_network as arguments"
+                "name what is missing (evaluate.py: -net, -activ, --dataset)"
             )
         identity = {**asked, "augment": bool(augment), "classes": len(classifier)}
     try:

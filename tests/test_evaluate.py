@@ -117,7 +117,7 @@ def test_the_report_of_a_checkpoint(checkpoints, capsys):
     assert status == 0 and err == ""
     test = evaluate(trained("linear_pcdeq_1", "tanh"), few(100))
     assert "linear_pcdeq_1 (tanh) for mnist, 70,410 parameters" in out
-    assert f"100 test images: accuracy {test.accuracy:.2f} %, loss {test.loss:.4f}; " in out
+    assert f"accuracy {test.accuracy:.2f} %, loss {test.loss:.4f}; " in out
     assert f"{test.forward_iters:.1f} (mean), {test.forward_iters_max} (max)" in out
     assert "certificates of 100 images" in out and re.search(r"block +yes", out)
     certified = {float(r): float(p) for r, p in re.findall(r"  (0\.\d+) +([\d.]+) %", out)}

@@ -198,7 +198,7 @@ def test_load_network_refuses_what_contradicts_the_file(asked, tmp_path):
 
 def test_load_network_says_what_a_plain_state_dict_does_not(tmp_path):
     path = authors(perturbed(), tmp_path / "authors.pth")
-    with pytest.raises(CheckpointError, match="its network, activation, dataset: evaluate"):
+    with pytest.raises(CheckpointError, match="its network, activation, dataset: name"):
         load_network(path)
     with pytest.raises(CheckpointError, match=r"does not say its dataset: name"):
         load_network(path, "linear_pcdeq_1", "tanh")
