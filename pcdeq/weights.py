@@ -60,7 +60,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     except CheckpointError:
         raise
     except zipfile.BadZipFile as error:
-        raise CheckpointError(f"{path} is no checkpoint, or is damaged: {_brief(error)}") from error
+        raise CheckpointError(f"{path} is no checkpoint, or is damaged") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged or foreign archive can fail anywhere in the readers
@@ -193,8 +193,3 @@ def _sentence(identity: dict) -> str:
         f"{identity['network']} with {identity['activation']} for {identity['dataset']}{aug}, "
         f"{identity['classes']} classes"
     )
-
-
-def _brief(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:120] if lines else type(error).__name__

@@ -100,6 +100,7 @@ REFUSED = [
     ("mnist", "-net linear_pcdeq_2 -activ tanh", "tanh.*choose from sigmoid"),
     ("mnist", "-net linear_pcdeq_1 -activ gelu", "gelu"),
     ("svhn", "-net linear_pcdeq_1", "linear_pcdeq_1 is for mnist"),
+    ("cifar", "-net multi_conv_pcdeq_3", "choose from single_conv_pcdeq_1, .*multi_conv_pcdeq_2$"),
     ("cifar", "-net linear_pcdeq_2", "linear_pcdeq_2 is for mnist"),
     ("cifar", "-net single_conv_pcdeq_1 --aug", "augmentation.*single_conv_pcdeq_1"),
     ("svhn", "-net multi_conv_pcdeq_1 --aug", "unrecognized arguments: --aug"),
@@ -129,6 +130,7 @@ REFUSED = [
     ("mnist", "-net linear_pcdeq_1 --resume --overwrite", "not allowed with"),
     ("mnist", "-net linear_pcdeq_1 --out file/below", "file/below.*cannot be written"),
     ("mnist", "-net linear_pcdeq_1 --out=", "--out: the name is empty"),
+    ("mnist", "-net linear_pcdeq_1 --data-root file", "--data-root: file is a file"),
 ]
 
 

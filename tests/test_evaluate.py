@@ -183,7 +183,7 @@ def test_usage_errors_come_before_anything_is_read(argv, sentence, capsys, monke
         (("best.pth", "--data-root", "empty"), "--sample"),
         (("best.pth", "-activ", "relu6", "--sample"), "its activation is not relu6"),
         (("best.pth", "--image-folder", "absent"), "absent"),
-        (("best.pth", "--image-folder", "three"), "is for 10 classes, but the images have 3"),
+        (("best.pth", "--image-folder", "three"), "is for 10 classes, the images have 3"),
     ],
 )
 def test_later_errors_are_one_sentence(argv, sentence, checkpoints, capsys, tmp_path, monkeypatch):

@@ -41,7 +41,9 @@ def test_two_checkpoints_of_one_name_are_not_drawn_over_each_other(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("words", [[], ["run"], ["run", "-o", "x", "--eps", "-1"]])
+@pytest.mark.parametrize(
+    "words", [[], ["run"], ["run", "-o", "x", "--eps", "-1"], [".", "-o", "x", "--eps", "1"]]
+)
 def test_a_wrong_command_line_is_a_usage_error(words):
     with pytest.raises(SystemExit) as stop:
         main(words)

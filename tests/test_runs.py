@@ -232,7 +232,10 @@ def test_a_run_whose_last_checkpoint_is_gone_is_not_begun_over_it(tmp_path, fini
     os.remove(finished.folder / runs.LAST)
     with pytest.raises(ValueError, match=r"no last\.pth to go on from: --overwrite"):
         check_folder(replace(finished, resume=True))
-    os.remove(finished.folder / runs.METRICS)  # no epoch was complete
+    os.remove(finished.folder / runs.METRICS)
+    with pytest.raises(ValueError, match=r"no last\.pth"):
+        check_folder(replace(finished, resume=True))
+    os.remove(finished.folder / runs.BEST)  # no epoch was complete
     check_folder(replace(finished, resume=True))
     assert Run(replace(finished, resume=True)).load() is None
 

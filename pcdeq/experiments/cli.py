@@ -31,7 +31,7 @@ from pcdeq.experiments.flags import (
 from pcdeq.experiments.recipes import DEFAULTS, ROWS, default_activation
 from pcdeq.experiments.runs import RunConfig, check_folder
 from pcdeq.experiments.signals import Interrupted
-from pcdeq.networks import check_network
+from pcdeq.networks import NETWORKS, check_network
 from pcdeq.weights import CheckpointError
 
 EXAMPLES = """\
@@ -71,6 +71,8 @@ def parse(
     flags = parser.parse_args(argv)
     flags.activation = flags.activation or default_activation(flags.net)
     flags.device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if flags.net not in NETWORKS:  # of all networks, name those of this script
+        parser.error(f"unknown network {flags.net!r}: choose from {', '.join(_networks(dataset))}")
     try:
         check_network(flags.net, flags.activation, dataset, flags.augment)
         config = RunConfig(dataset=dataset, **vars(flags))
@@ -148,9 +150,13 @@ def _sentence(error: Exception) -> str:
     return ""
 
 
+def _networks(dataset: str) -> list[str]:
+    return list(dict.fromkeys(row.net for row in ROWS if row.dataset == dataset))
+
+
 # fmt: off
 def _parser(dataset: str, augmentation: bool) -> argparse.ArgumentParser:
-    nets = list(dict.fromkeys(row.net for row in ROWS if row.dataset == dataset))
+    nets = _networks(dataset)
     prog = f"train_{dataset}.py"
     parser = program(
         prog, "-net NET [options]",

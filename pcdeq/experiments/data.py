@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcdeq.networks import DATASETS
+from pcdeq.experiments.errors import DataError
+from pcdeq.networks import DATASETS, Network
 
 NORMALISATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # mean, std per channel
     "mnist": ((0.0,), (1.0,)),
@@ -150,6 +151,31 @@ def load(
         for (images, labels), crop in ((train, augment), (test, False))
     )
     return train_set, test_set, classes
+
+
+def test_set(
+    network: Network,
+    *,
+    root: str | Path = "data",
+    sample: bool = False,
+    image_folder: str | Path | None = None,
+    device: str | torch.device = "cpu",
+) -> ImageSet:
+    """The test set for a trained network; arguments as for ``load``.
+
+    Raises:
+        DataError: also where the images have another number of classes than the network.
+    """
+    if network.classes != 10 and image_folder is None:
+        raise DataError(
+            f"the network is for {network.classes} classes, not for {network.dataset}'s ten: "
+            "name the folder of its images with --image-folder"
+        )
+    source = {"root": root, "sample": sample, "image_folder": image_folder}
+    _, images, classes = load(network.dataset, **source, device=device)
+    if classes != network.classes:
+        raise DataError(f"the network is for {network.classes} classes, the images have {classes}")
+    return images
 
 
 def _sample(shape: tuple[int, int, int]) -> list[tuple[Tensor, Tensor]]:

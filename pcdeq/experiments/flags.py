@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import math
+import os
 import re
 from collections.abc import Callable
 
@@ -34,7 +35,7 @@ def add_help(group: argparse._ActionsContainer) -> None:
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Where the images come from: the genuine set, the sample, or folders."""
     data = parser.add_argument_group("data")
-    data.add_argument("--data-root", metavar="DIR", default="data",
+    data.add_argument("--data-root", metavar="DIR", type=folder, default="data",
                       help="where the set is, or is downloaded to (default: data)")
     source = data.add_mutually_exclusive_group().add_argument
     source("--sample", action="store_true", help="5,000 MNIST digits that are here, instead")
@@ -89,6 +90,8 @@ def folder(name: str) -> str:
     """A folder's name: an unset variable of the shell does not mean this one."""
     if not name.strip():
         raise argparse.ArgumentTypeError("the name is empty")
+    if os.path.isfile(name):
+        raise argparse.ArgumentTypeError(f"{name} is a file, not a folder")
     return name
 
 

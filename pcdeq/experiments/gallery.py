@@ -9,10 +9,10 @@ from tqdm import tqdm
 
 from pcdeq.certificates import history
 from pcdeq.experiments.certifying import robust_accuracy
-from pcdeq.experiments.data import load
+from pcdeq.experiments.data import test_set
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.figures import convergence_figure, robustness_figure, run_figures
-from pcdeq.experiments.flags import add_data, add_help, count, positive, program
+from pcdeq.experiments.flags import add_data, add_help, count, folder, positive, program
 from pcdeq.weights import load_network
 
 BATCH = 100  # images whose convergence is shown
@@ -33,8 +33,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: usage, as argparse says it.
         RunError: also CheckpointError, DataError; each with one sentence for the user.
     """
-    flags = _parser().parse_args(argv)
+    parser = _parser()
+    flags = parser.parse_args(argv)
+    flags.out = Path(flags.out)
     folders = [run for run in flags.runs if run.is_dir()]
+    if flags.eps and len(folders) == len(flags.runs):
+        parser.error("--eps is for checkpoints: name best.pth or last.pth in the folder")
     checkpoints = {}
     for path in (run for run in flags.runs if run not in folders):
         if (name := _name(path)) in checkpoints:
@@ -55,7 +59,7 @@ def _name(path: Path) -> str:
 def _of_checkpoint(path: Path, name: str, flags: argparse.Namespace) -> list[Path]:
     model = load_network(path)
     source = {"root": flags.data_root, "sample": flags.sample, "image_folder": flags.image_folder}
-    _, images, _ = load(model.dataset, **source)
+    images = test_set(model, **source)
     batch, _ = images.batch(slice(BATCH))
     made = [convergence_figure(history(model, batch), flags.out / f"{name}_convergence")]
     if flags.eps:
@@ -76,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path,
                         help="folder: accuracy, loss, iterations; checkpoint: convergence")
-    parser.add_argument("-o", "--out", metavar="DIR", type=Path, required=True,
+    parser.add_argument("-o", "--out", metavar="DIR", type=folder, required=True,
                         help="for the figures")
     add_help(parser)
     proofs = parser.add_argument_group("proofs (of checkpoints)").add_argument

@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from pcdeq.activations import ACTIVATIONS
 from pcdeq.experiments import certifying, data, machine
-from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.evaluation import evaluate
 from pcdeq.experiments.flags import add_data, add_help, add_solver, count, device, positive, program
 from pcdeq.networks import DATASETS, NETWORKS, check_network
@@ -38,11 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     identity = (flags.net, flags.activation, flags.dataset, flags.augment)
     model = load_network(flags.checkpoint, *identity, **options).to(flags.device)
     source = {"root": flags.data_root, "sample": flags.sample, "image_folder": flags.image_folder}
-    _, images, classes = data.load(model.dataset, **source, device=flags.device)
-    if classes != model.classes:
-        raise RunError(
-            f"{flags.checkpoint} is for {model.classes} classes, but the images have {classes}"
-        )
+    images = data.test_set(model, **source, device=flags.device)
     if flags.first:
         images = replace(
             images, images=images.images[: flags.first], labels=images.labels[: flags.first]

@@ -128,7 +128,8 @@ def check_folder(config: RunConfig) -> None:
         raise ValueError(
             f"{folder} already holds a run: --resume goes on with it, --overwrite starts it anew"
         )
-    if config.resume and (folder / METRICS).exists() and not (folder / LAST).exists():
+    rest = any((folder / name).exists() for name in (METRICS, BEST))
+    if config.resume and rest and not (folder / LAST).exists():
         raise ValueError(
             f"{folder} holds a run but no {LAST} to go on from: --overwrite starts it anew"
         )
