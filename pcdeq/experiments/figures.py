@@ -76,7 +76,7 @@ def drawing(
 
 
 def result_figures(results: Iterable[Result], directory: str | Path) -> list[Path]:
-    """Accuracy and iterations against epoch, one figure each per data set that has results.
+    """Accuracy and iterations against epoch, one figure each per data set that has whole runs.
 
     A panel for each kind of network, a line for each row: the mean over seeds, and their standard
     deviation as a band.
@@ -85,7 +85,8 @@ def result_figures(results: Iterable[Result], directory: str | Path) -> list[Pat
         The PNG files written.
     """
     paths = []
-    lines = [line for line in lines_of(ROWS, list(results)) if line.results]
+    whole = [result for result in results if result.whole]  # a few epochs make no curve
+    lines = [line for line in lines_of(ROWS, whole) if line.results]
     for dataset, mine in groupby(lines, key=lambda line: line.recipe.dataset):
         panels = [
             (title, list(panel))
