@@ -1,0 +1,195 @@
+"""The equilibrium's options: every solver and precision against a float64 solve."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from blocks import (
+    KINDS,
+    SHAPES,
+    both,
+    distance,
+    every_activation,
+    every_precision,
+    every_solver,
+    exact,
+    make,
+    run,
+    signal,
+)
+from torch import Tensor
+
+from pcdeq.implicit import (
+    PRECISIONS,
+    PcDEQLinear,
+)
+from pcdeq.solvers import SOLVERS
+
+TOLERANCE = {"fp32": 1e-4, "mixed": 1e-4, "bf16": 2.0**-8}
+
+
+@both
+@every_activation
+@every_solver
+@every_precision
+@pytest.mark.parametrize("root", [0.6, 0.95])
+def test_every_option_gives_the_same_numbers(kind, activation, solver, precision, root):
+    block = make(kind, activation, root=root, solver=solver, precision=precision)
+    h, probe = signal(kind), torch.rand(SHAPES[kind])
+    z, gradients = run(block, h, probe)
+    reference, exact_gradients = exact(block, h, probe)
+    solves = block.deq.forward_solve, block.deq.backward_solve
+    # A residual below tol leaves an error of ρ/(1 − ρ)·tol; a gradient has that of both solves.
+    bound = 1.5 * TOLERANCE[precision] / (1 - root)
+    assert distance(z, reference) < bound
+    assert z.dtype == torch.float32
+    for ours, theirs in zip(gradients, exact_gradients, strict=True):
+        assert ours.dtype == torch.float32
+        assert distance(ours, theirs) < 2 * bound
+    assert all(s.converged for s in solves)
+    assert all(s.residual < TOLERANCE[precision] for s in solves)
+
+
+@every_solver
+def test_float32_evaluations_of_each_precision(solver):
+    counts = {}
+    for precision in PRECISIONS:
+        torch.manual_seed(3)
+        block = make("linear", "relu6", root=0.95, solver=solver, precision=precision)
+        run(block, signal("linear"), torch.ones(SHAPES["linear"]))
+        counts[precision] = block.deq.forward_solve, block.deq.backward_solve
+    for fp32, mixed, bf16 in zip(*counts.values(), strict=True):
+        assert fp32.full == fp32.iterations > 8
+        assert 1 <= mixed.full <= 4 < mixed.iterations
+        assert bf16.full == 0 < bf16.iterations
+
+
+class Dtypes(torch.overrides.TorchFunctionMode):
+    """The dtypes in which the products of W are computed inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (F.linear, F.conv2d, torch.addmm, torch.conv2d):
+            self.seen.append(next(a for a in args if isinstance(a, Tensor)).dtype)
+        return function(*args, **(kwargs or {}))
+
+
+@both
+@every_precision
+def test_products_are_computed_in_the_precision_asked_for(kind, precision):
+    block = make(kind, precision=precision)
+    with Dtypes() as dtypes, torch.no_grad():
+        block(signal(kind))
+    expected = {
+        "fp32": {torch.float32},
+        "mixed": {torch.float32, torch.bfloat16},
+        "bf16": {torch.bfloat16},
+    }
+    assert set(dtypes.seen) == expected[precision]
+    solve = block.deq.forward_solve
+    skipped = 1  # the evaluation at z = 0 takes no product
+    assert dtypes.seen.count(torch.float32) == solve.full - (skipped if precision == "fp32" else 0)
+    assert len(dtypes.seen) == solve.iterations - skipped
+
+
+@both
+@every_solver
+@every_precision
+def test_a_float64_model_computes_in_float64_whatever_the_option(kind, solver, precision):
+    block = make(kind, solver=solver, precision=precision, tol=1e-12, max_iter=1000).double()
+    h, probe = signal(kind, torch.float64), torch.rand(SHAPES[kind], dtype=torch.float64)
+    with Dtypes() as dtypes:
+        z, gradients = run(block, h, probe)
+    assert set(dtypes.seen) == {torch.float64}
+    reference, exact_gradients = exact(block, h, probe)
+    torch.testing.assert_close(z, reference, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(gradients, exact_gradients, rtol=1e-8, atol=1e-9)
+    assert block.deq.forward_solve.full == block.deq.iter_forward
+    assert block.deq.backward_solve.full == block.deq.iter_backward
+
+
+@both
+def test_anderson_needs_fewer_iterations_on_a_slow_block(kind):
+    iterations = {}
+    for solver in SOLVERS:
+        torch.manual_seed(1)
+        block = make(kind, "relu6", root=0.95, solver=solver)
+        run(block, signal(kind), torch.ones(SHAPES[kind]))
+        iterations[solver] = block.deq.iter_forward, block.deq.iter_backward
+    for fast, plain in zip(iterations["anderson"], iterations["picard"], strict=True):
+        assert fast < 0.7 * plain
+
+
+def test_iterations_are_those_of_the_rule():
+    block = make("linear", "relu6", root=0.9)
+    h = signal("linear").requires_grad_()
+    probe = torch.rand(SHAPES["linear"])
+    assert block.deq.iter_forward == block.deq.iter_backward == 0
+    assert block.deq.forward_solve is None and block.deq.backward_solve is None
+    z_star = block(h)
+    (z_star * probe).sum().backward()
+
+    x, W = block.inject(h).detach(), block.deq.f.W.weight().detach()
+    f = lambda z: (z @ W.T + x).clamp(0, 6)  # noqa: E731
+    assert block.deq.iter_forward == count(f, torch.zeros_like(x))
+    slope = ((z_star > 0) & (z_star < 6)).float()
+    assert block.deq.iter_backward == count(lambda g: (slope * g) @ W + probe, probe)
+    assert block.deq.forward_solve.z is None and block.deq.backward_solve.z is None
+
+
+def count(f, z: Tensor) -> int:
+    for k in range(1, 201):
+        fz = f(z)
+        if (fz - z).norm() / (fz.norm() + 1e-5) < 1e-4:
+            return k
+        z = fz
+    return 200
+
+
+@every_solver
+@every_precision
+def test_max_iter_bounds_both_solves_and_is_reported(solver, precision):
+    for max_iter in (1, 2, 5):
+        block = make("linear", "relu6", root=0.95, solver=solver, precision=precision, tol=1e-9)
+        block.deq.max_iter = max_iter
+        z, gradients = run(block, signal("linear"), torch.ones(SHAPES["linear"]))
+        assert z.isfinite().all() and all(g.isfinite().all() for g in gradients)
+        for solve in (block.deq.forward_solve, block.deq.backward_solve):
+            assert solve.iterations <= max_iter
+            assert solve.converged == (solve.residual < max(1e-9, block.deq.tol))
+        assert not block.deq.forward_solve.converged
+
+
+def test_inputs_that_are_not_finite_end_the_solve_at_once():
+    for precision in PRECISIONS:
+        block = make("linear", precision=precision)
+        h = signal("linear")
+        h[0, 0] = float("nan")
+        assert block(h).isnan().any()
+        solve = block.deq.forward_solve
+        assert not solve.converged and solve.residual != solve.residual and solve.iterations <= 2
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ({"solver": "newton"}, r"'newton'.*picard, anderson"),
+        ({"precision": "fp16"}, r"'fp16'.*fp32, mixed, bf16"),
+        ({"tol": 0.0}, "tol must be positive, not 0.0"),
+        ({"tol": float("nan")}, "tol must be positive, not nan"),
+        ({"max_iter": 0}, "max_iter must be at least 1, not 0"),
+        ({"activation": "relu"}, r"'relu'.*tanh, softsign, relu6, sigmoid"),
+    ],
+)
+@both
+def test_wrong_options_are_refused_in_one_sentence(kind, option, message):
+    with pytest.raises(ValueError, match=message):
+        KINDS[kind](5, **option)
+
+
+def test_options_are_shown():
+    assert "solver=anderson, precision=mixed, tol=0.001, max_iter=50" in repr(
+        PcDEQLinear(3, solver="anderson", precision="mixed", tol=1e-3, max_iter=50)
+    )
