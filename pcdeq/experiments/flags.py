@@ -57,6 +57,11 @@ def add_solver(parser: argparse.ArgumentParser) -> None:
 # fmt: on
 
 
+def data_source(flags: argparse.Namespace) -> dict[str, object]:
+    """What the flags of ``add_data`` say, as arguments of ``data.test_set``."""
+    return {"root": flags.data_root, "sample": flags.sample, "image_folder": flags.image_folder}
+
+
 class _Help(argparse.RawDescriptionHelpFormatter):
     """Every flag and what it does on one line."""
 

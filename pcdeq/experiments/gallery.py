@@ -12,7 +12,15 @@ from pcdeq.experiments.certifying import robust_accuracy
 from pcdeq.experiments.data import test_set
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.figures import convergence_figure, robustness_figure, run_figures
-from pcdeq.experiments.flags import add_data, add_help, count, folder, positive, program
+from pcdeq.experiments.flags import (
+    add_data,
+    add_help,
+    count,
+    data_source,
+    folder,
+    positive,
+    program,
+)
 from pcdeq.weights import load_network
 
 BATCH = 100  # images whose convergence is shown
@@ -58,8 +66,7 @@ def _name(path: Path) -> str:
 
 def _of_checkpoint(path: Path, name: str, flags: argparse.Namespace) -> list[Path]:
     model = load_network(path)
-    source = {"root": flags.data_root, "sample": flags.sample, "image_folder": flags.image_folder}
-    images = test_set(model, **source)
+    images = test_set(model, **data_source(flags))
     batch, _ = images.batch(slice(BATCH))
     made = [convergence_figure(history(model, batch), flags.out / f"{name}_convergence")]
     if flags.eps:

@@ -11,7 +11,16 @@ from tqdm import tqdm
 from pcdeq.activations import ACTIVATIONS
 from pcdeq.experiments import certifying, data, machine
 from pcdeq.experiments.evaluation import evaluate
-from pcdeq.experiments.flags import add_data, add_help, add_solver, count, device, positive, program
+from pcdeq.experiments.flags import (
+    add_data,
+    add_help,
+    add_solver,
+    count,
+    data_source,
+    device,
+    positive,
+    program,
+)
 from pcdeq.networks import DATASETS, NETWORKS, check_network
 from pcdeq.weights import load_network
 
@@ -36,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = {name: getattr(flags, name) for name in ("solver", "precision", "tol", "max_iter")}
     identity = (flags.net, flags.activation, flags.dataset, flags.augment)
     model = load_network(flags.checkpoint, *identity, **options).to(flags.device)
-    source = {"root": flags.data_root, "sample": flags.sample, "image_folder": flags.image_folder}
-    images = data.test_set(model, **source, device=flags.device)
+    images = data.test_set(model, **data_source(flags), device=flags.device)
     if flags.first:
         images = replace(
             images, images=images.images[: flags.first], labels=images.labels[: flags.first]
