@@ -5,7 +5,6 @@
 
 import gc
 import json
-import os
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from pcdeq import build_network
-from pcdeq.experiments import data
+from pcdeq.experiments import data, machine
 
 
 def alone(**arguments) -> dict:
@@ -70,19 +69,19 @@ def epoch(name: str, seed: int) -> dict[str, float]:
     torch.manual_seed(seed)
     network = build_network("linear_pcdeq_1", "tanh")
     reset_peak()
+    ours = name != TEXTBOOK
+    model = network if ours else textbook(network)
+    # The first optimizer of a process imports half of torch: no part of an epoch.
+    fused = ours or None  # None: as torch chooses
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=1.5e-2, fused=fused)
     start = time.perf_counter()
-    if name == TEXTBOOK:
-        model = textbook(network)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=1.5e-2)
+    if ours:
+        for batch in torch.randperm(len(images)).split(BATCH):
+            train_step(model, optimizer, *images.batch(batch))
+    else:
         digits = AsTorchvision(images)
         for x, y in DataLoader(digits, BATCH, shuffle=True, num_workers=4):
             train_step(model, optimizer, x, y)
-    else:
-        optimizer = torch.optim.AdamW(
-            network.parameters(), lr=5e-4, weight_decay=1.5e-2, fused=True
-        )
-        for batch in torch.randperm(len(images)).split(BATCH):
-            train_step(network, optimizer, *images.batch(batch))
     return {"seconds": time.perf_counter() - start, "MiB": resident("VmHWM")}
 
 
@@ -100,19 +99,8 @@ class AsTorchvision(Dataset):
         return self.to_tensor(image), int(self.images.labels[index])
 
 
-def keep_freed_memory() -> None:
-    """Starts this script again with a glibc that keeps freed memory for the next allocation.
-
-    Else what one contestant frees goes back to the system, and the next one in turn pays for
-    getting it again, page by page: ten contestants in one process would disturb one another.
-    """
-    keep = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
-    if sys.platform == "linux" and not keep.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | keep)
-
-
 if __name__ == "__main__":
-    keep_freed_memory()
+    machine.keep_freed_memory()
     task = json.loads(sys.argv[1])
     if "row" in task:
         print(json.dumps(peak_memory(**task | {"row": ROWS[task["row"]]})))

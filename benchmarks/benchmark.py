@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from apart import alone, keep_freed_memory
+from apart import alone
 from contestants import (
     BATCH,
     OPTIONS,
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="rounds (default: 7 to 300, by the row)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    keep_freed_memory()
+    machine.keep_freed_memory()
     where = machine.environment(torch.device("cpu"))
     print(
         f"{where['processor']}, {amx()}, {where['threads']} threads, "

@@ -105,8 +105,7 @@ class Operator:
 
     def rough(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """z ↦ f(z) in float32 by the layer's own fast product: for candidates, no bound."""
-        weight, x = self.weight.float(), x.float()
-        return lambda z: self.layer.evaluate(z, x, weight)
+        return self.layer.at(x.float(), self.weight.float())
 
 
 def full_float32() -> AbstractContextManager:

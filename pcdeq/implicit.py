@@ -114,14 +114,13 @@ class Equilibrium(nn.Module):
 
         def iteration(dtype: torch.dtype) -> Linearised:
             W, b = weight.to(dtype), x.to(dtype)
-            evaluate, apply = self.f.evaluate, self.f.W.apply
-            derivative = self.f.activation.derivative
+            apply, derivative = self.f.W.apply, self.f.activation.derivative
 
             def tangent(fz: Tensor):
                 slope = derivative(fz)  # σ'(Wz + x)
                 return lambda v, r: torch.addcmul(r, slope, apply(v, W))  # J = diag(σ')·W
 
-            return Linearised(lambda z: evaluate(z, b, W), tangent)
+            return Linearised(self.f.at(b, W), tangent)
 
         z, self.forward_solve = self._solve(iteration, None, x.dtype, nonnegative=True)
         return z

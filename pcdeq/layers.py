@@ -10,6 +10,7 @@ so Jᵀy needs no autograd: J = diag(σ')·W and Jᵀy = Wᵀ(σ'∘y).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -118,10 +119,13 @@ class ConcaveLayer(nn.Module):
         """σ(Wz + x), recorded by autograd as any function, for z and x of one shape."""
         return self.activation.function(self.W.apply(z, self.W.weight()) + x)
 
-    def evaluate(self, z: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
-        """σ(Wz + x) without a graph, for a given W; ``z=None`` stands for z = 0, at no product."""
-        s = x.clone() if z is None else self.W.apply(z, weight, x)
-        return self.activation.function_(s)
+    def at(self, x: Tensor, weight: Tensor) -> Callable[[Tensor | None], Tensor]:
+        """The map z ↦ σ(Wz + x) of one x and one W, as solvers take it.
+
+        It records no graph; f(None) is f(0), at no product; each value is memory of its own.
+        """
+        apply, sigma_ = self.W.apply, self.activation.function_  # looked up once for a whole solve
+        return lambda z: sigma_(x.clone() if z is None else apply(z, weight, x))
 
 
 class _WeightNorm(torch.autograd.Function):

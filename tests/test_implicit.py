@@ -49,9 +49,7 @@ def test_the_fixed_point_is_unique(kind, activation, solver):
     reference = block.deq.f(iterate(block, x), x)
     for scale in (0, 0.01, 1, 30, 1000):
         start = scale * torch.rand_like(x)
-        solve = SOLVERS[solver](
-            lambda z: block.deq.f.evaluate(z, x, weight), start, tol=1e-12, max_iter=2000
-        )
+        solve = SOLVERS[solver](block.deq.f.at(x, weight), start, tol=1e-12, max_iter=2000)
         torch.testing.assert_close(solve.z, reference, rtol=1e-9, atol=1e-10)
 
 

@@ -129,8 +129,9 @@ def test_concave_layer_is_sigma_of_w_z_plus_x(kind, activation):
     reference = activation.function(layer.W.apply(z, weight) + x)
     kept = z.clone(), x.clone()
     torch.testing.assert_close(layer(z, x), reference)
-    torch.testing.assert_close(layer.evaluate(z, x, weight), reference)
-    torch.testing.assert_close(layer.evaluate(None, x, weight), layer(torch.zeros_like(x), x))
+    f = layer.at(x, weight)
+    torch.testing.assert_close(f(z), reference)
+    torch.testing.assert_close(f(None), layer(torch.zeros_like(x), x))
     assert torch.equal(z, kept[0]) and torch.equal(x, kept[1])
 
 

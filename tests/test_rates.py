@@ -156,7 +156,7 @@ def check_iterations(block, x, tol: float, most: int = 3000) -> None:
     for i in range(len(x)):
         for dtype in (torch.float64, torch.float32):
             xi, W = x[i : i + 1].to(dtype), weight.to(dtype)
-            solve = picard(lambda z, xi=xi, W=W: f.evaluate(z, xi, W), None, tol=tol, max_iter=most)
+            solve = picard(f.at(xi, W), None, tol=tol, max_iter=most)
             assert predicted[i] >= (solve.iterations if solve.converged else most)
 
 

@@ -1,7 +1,9 @@
-"""Where a run ran: what must stand beside every number so that someone else can place it."""
+"""The machine a run is on: what must stand beside its numbers to place them, and its memory."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import platform
 import shlex
 import subprocess
@@ -41,6 +43,23 @@ def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
         "git_commit": commit(),
         "command": shlex.join(["python", *sys.argv]),
     }
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep what is freed for the next allocation; other C libraries are left alone.
+
+    A step on the CPU allocates and frees tensors of many MiB. By its defaults glibc returns each to
+    the system, which then hands it out again page by page, zeroed: a tenth of a step of the single
+    conv network. Kept, memory stays at the peak that it would have had anyway.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(M_MMAP_THRESHOLD, 2**30)
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h; in bytes
 
 
 def processor() -> str:

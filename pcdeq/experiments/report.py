@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         CheckpointError: also DataError, RunError; each with one sentence for the user.
     """
     flags = _parse(argv)
+    machine.keep_freed_memory()
     options = {name: getattr(flags, name) for name in ("solver", "precision", "tol", "max_iter")}
     identity = (flags.net, flags.activation, flags.dataset, flags.augment)
     model = load_network(flags.checkpoint, *identity, **options).to(flags.device)

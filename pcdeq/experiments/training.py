@@ -49,6 +49,7 @@ def train(config: RunConfig) -> RunResult:
         RunError: also DataError, CheckpointError; each with one sentence for the user.
         Interrupted: a signal came; the folder holds the complete epochs.
     """
+    machine.keep_freed_memory()
     run = Run(config)
     with join(config.device) as processes:
         say = functools.partial(print, flush=True) if processes.first else lambda text: None
