@@ -86,7 +86,7 @@ def load_weights(model: Network, path: str | os.PathLike) -> None:
 
     Raises:
         CheckpointError: unreadable (see ``read_checkpoint``), or of another network, activation,
-            data set or number of classes; the message names both.
+            data set or number of classes, the message names both; or not finite.
     """
     content = read_checkpoint(path)
     if "model" in content:
@@ -142,7 +142,7 @@ def load_network(
         if missing:
             raise CheckpointError(
                 f"{path} is a plain state dict, which does not say its {', '.join(missing)}: "
-                "name what is missing (evaluate.py: -net, -activ, --dataset)"
+                "name what is missing (on a command line: -net, -activ, --dataset)"
             )
         identity = {**asked, "augment": bool(augment), "classes": len(classifier)}
     try:
@@ -184,6 +184,8 @@ def _load_state(model: nn.Module, state: dict, path: str | os.PathLike) -> None:
                 f"{path} is for another network than {_sentence(describe(model))}: "
                 f"it {what} {min(keys)}{more}"
             )
+    if broken := [key for key, value in state.items() if not value.double().isfinite().all()]:
+        raise CheckpointError(f"{path} is of no use: its {min(broken)} is not finite")
     model.load_state_dict(state)
 
 

@@ -3,9 +3,10 @@
 import shutil
 
 import pytest
+import torch
 from made_up import made_up_run
 
-from pcdeq import CheckpointError
+from pcdeq import CheckpointError, build_network
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.gallery import main
 from pcdeq.experiments.results import RECIPES
@@ -27,6 +28,16 @@ def test_runs_and_checkpoints_get_their_figures(tmp_path, capsys):
     }
 
 
+def test_a_plain_state_dict_is_drawn_when_its_network_is_named(tmp_path):
+    model = build_network("linear_pcdeq_1", "softsign")
+    torch.save(model.state_dict(), tmp_path / "authors.pth")
+    words = [str(tmp_path / "authors.pth"), "-o", str(tmp_path), "--sample"]
+    with pytest.raises(CheckpointError, match="plain state dict"):
+        main(words)
+    main([*words, "-net", "linear_pcdeq_1", "-activ", "softsign", "--dataset", "mnist"])
+    assert (tmp_path / "authors_convergence.png").exists()
+
+
 def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="nothing"):
         main([str(tmp_path / "nothing.pth"), "-o", str(tmp_path)])
@@ -42,7 +53,14 @@ def test_two_checkpoints_of_one_name_are_not_drawn_over_each_other(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["run"], ["run", "-o", "x", "--eps", "-1"], [".", "-o", "x", "--eps", "1"]]
+    "words",
+    [
+        [],
+        ["run"],
+        ["run", "-o", "x", "--eps", "-1"],
+        [".", "-o", "x", "--eps", "1"],
+        ["x.pth", "-o", "x", "-net", "linear_pcdeq_1", "-activ", "sigmoid", "--dataset", "mnist"],
+    ],
 )
 def test_a_wrong_command_line_is_a_usage_error(words):
     with pytest.raises(SystemExit) as stop:

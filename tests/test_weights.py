@@ -92,6 +92,19 @@ def test_the_authors_network_comes_back_when_named(arguments, tmp_path):
     assert same(loaded, model) and describe(loaded) == describe(model)  # classes from the file
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("save", [ours, authors])
+def test_weights_that_are_not_finite_are_refused(value, save, tmp_path):
+    model = build_network("linear_pcdeq_1", "tanh")
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    broken = build_network("linear_pcdeq_1", "tanh")
+    broken.block.deq.f.W.weight_v.data[3, 5] = value
+    path = save(broken, tmp_path / "best.pth")
+    with pytest.raises(CheckpointError, match=r"block\.deq\.f\.W\.weight_v is not finite"):
+        load_weights(model, path)
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+
+
 def test_the_augmented_network(tmp_path):
     model = perturbed("multi_conv_pcdeq_2", "sigmoid", "cifar", augment=True)
     assert describe(load_network(ours(model, tmp_path / "a"))) == describe(model)

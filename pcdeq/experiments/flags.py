@@ -9,7 +9,9 @@ from collections.abc import Callable
 
 import torch
 
+from pcdeq.activations import ACTIVATIONS
 from pcdeq.implicit import PRECISIONS
+from pcdeq.networks import DATASETS, NETWORKS, check_network
 from pcdeq.solvers import SOLVERS
 
 
@@ -43,6 +45,19 @@ def add_data(parser: argparse.ArgumentParser) -> None:
            help="DIR/train/<class>/* and DIR/test/<class>/*, instead")
 
 
+def add_network(parser: argparse.ArgumentParser) -> None:
+    """Which network a checkpoint holds, for those that do not say it."""
+    which = parser.add_argument_group("network (for a plain state dict, which does not say it)")
+    which = which.add_argument
+    which("-net", "--network", dest="net", metavar="NET", choices=NETWORKS,
+          help=", ".join(NETWORKS))
+    which("-activ", "--activation", dest="activation", metavar="NAME", choices=ACTIVATIONS,
+          help=", ".join(ACTIVATIONS))
+    which("--dataset", metavar="NAME", choices=DATASETS, help=", ".join(DATASETS))
+    which("--aug", dest="augment", action="store_const", const=True,
+          help="the wider network for augmented CIFAR-10")
+
+
 def add_solver(parser: argparse.ArgumentParser) -> None:
     """The options of ``build_network``."""
     solver = parser.add_argument_group("solver").add_argument
@@ -55,6 +70,20 @@ def add_solver(parser: argparse.ArgumentParser) -> None:
     solver("--max-iter", metavar="N", type=count, default=200,
            help="iterations that end it anyway (default: %(default)s)")
 # fmt: on
+
+
+def check_identity(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
+    """Ends with a usage error where the flags of ``add_network`` name none of the networks."""
+    if flags.net and flags.activation and flags.dataset:
+        try:
+            check_network(flags.net, flags.activation, flags.dataset, bool(flags.augment))
+        except ValueError as error:
+            parser.error(str(error))
+
+
+def identity(flags: argparse.Namespace) -> tuple[str | None, str | None, str | None, bool | None]:
+    """What the flags of ``add_network`` say, as arguments of ``load_network``."""
+    return flags.net, flags.activation, flags.dataset, flags.augment
 
 
 def data_source(flags: argparse.Namespace) -> dict[str, object]:

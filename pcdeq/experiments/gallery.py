@@ -15,9 +15,12 @@ from pcdeq.experiments.figures import convergence_figure, robustness_figure, run
 from pcdeq.experiments.flags import (
     add_data,
     add_help,
+    add_network,
+    check_identity,
     count,
     data_source,
     folder,
+    identity,
     positive,
     program,
 )
@@ -43,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = _parser()
     flags = parser.parse_args(argv)
+    check_identity(parser, flags)
     flags.out = Path(flags.out)
     folders = [run for run in flags.runs if run.is_dir()]
     if flags.eps and len(folders) == len(flags.runs):
@@ -65,7 +69,7 @@ def _name(path: Path) -> str:
 
 
 def _of_checkpoint(path: Path, name: str, flags: argparse.Namespace) -> list[Path]:
-    model = load_network(path)
+    model = load_network(path, *identity(flags))
     images = test_set(model, **data_source(flags))
     batch, _ = images.batch(slice(BATCH))
     made = [convergence_figure(history(model, batch), flags.out / f"{name}_convergence")]
@@ -94,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     proofs("--eps", metavar="R", nargs="+", type=positive, default=[],
            help="radii (pixels in [0, 1]): accuracy that is proved, and under attack")
     proofs("--first", metavar="N", type=count, help="on the first N test images only")
+    add_network(parser)
     add_data(parser)
     return parser
 # fmt: on

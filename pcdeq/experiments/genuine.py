@@ -5,7 +5,7 @@ What is absent is downloaded; where that fails the error says which files to put
 
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -114,8 +114,9 @@ def genuine(source: Genuine) -> tuple[Labelled, Labelled]:
 
 @contextmanager
 def _download(files: dict[Path, str]) -> Iterator[None]:
-    """Gives up on a silent server, and leaves no half of a file behind."""
+    """Gives up on a silent server, and leaves no half of a file and no empty folder behind."""
     before = socket.getdefaulttimeout()
+    folders = {folder for path in files for folder in path.parents if not folder.exists()}
     socket.setdefaulttimeout(CONNECT_SECONDS)
     try:
         yield
@@ -123,6 +124,9 @@ def _download(files: dict[Path, str]) -> Iterator[None]:
         for path, md5 in files.items():  # all that was there before had its md5 sum
             if path.is_file() and not check_integrity(path, md5):
                 path.unlink()
+        for folder in sorted(folders, reverse=True):  # the inner ones first
+            with suppress(OSError):  # it holds something, or was never made
+                folder.rmdir()
         raise
     finally:
         socket.setdefaulttimeout(before)

@@ -8,20 +8,21 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from pcdeq.activations import ACTIVATIONS
 from pcdeq.experiments import certifying, data, machine
 from pcdeq.experiments.evaluation import evaluate
 from pcdeq.experiments.flags import (
     add_data,
     add_help,
+    add_network,
     add_solver,
+    check_identity,
     count,
     data_source,
     device,
+    identity,
     positive,
     program,
 )
-from pcdeq.networks import DATASETS, NETWORKS, check_network
 from pcdeq.weights import load_network
 
 EXAMPLES = """\
@@ -44,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = _parse(argv)
     machine.keep_freed_memory()
     options = {name: getattr(flags, name) for name in ("solver", "precision", "tol", "max_iter")}
-    identity = (flags.net, flags.activation, flags.dataset, flags.augment)
-    model = load_network(flags.checkpoint, *identity, **options).to(flags.device)
+    model = load_network(flags.checkpoint, *identity(flags), **options).to(flags.device)
     images = data.test_set(model, **data_source(flags), device=flags.device)
     if flags.first:
         images = replace(
@@ -94,11 +94,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     flags = parser.parse_args(argv)
     flags.device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if flags.net and flags.activation and flags.dataset:
-        try:
-            check_network(flags.net, flags.activation, flags.dataset, bool(flags.augment))
-        except ValueError as error:
-            parser.error(str(error))
+    check_identity(parser, flags)
     return flags
 
 
@@ -118,16 +114,7 @@ def _parser() -> argparse.ArgumentParser:
            help="radii (pixels in [0, 1]): accuracy that is proved, and under attack")
     proofs("--first", metavar="N", type=count, help="only the first N test images")
 
-    which = parser.add_argument_group("network (for a plain state dict, which does not say it)")
-    which = which.add_argument
-    which("-net", "--network", dest="net", metavar="NET", choices=NETWORKS,
-          help=", ".join(NETWORKS))
-    which("-activ", "--activation", dest="activation", metavar="NAME", choices=ACTIVATIONS,
-          help=", ".join(ACTIVATIONS))
-    which("--dataset", metavar="NAME", choices=DATASETS, help=", ".join(DATASETS))
-    which("--aug", dest="augment", action="store_const", const=True,
-          help="the wider network for augmented CIFAR-10")
-
+    add_network(parser)
     add_data(parser)
     run = parser.add_argument_group("run")
     run.add_argument("-b", "--batch-size", metavar="N", type=count, default=500,
