@@ -60,8 +60,8 @@ class Equilibrium(nn.Module):
             raise ValueError(
                 f"unknown precision {precision!r}: choose from {', '.join(PRECISIONS)}"
             )
-        if not tol > 0:
-            raise ValueError(f"tol must be positive, not {tol}")
+        if not 0 < tol < 1:  # at 1 the first evaluation, whatever it is, would be the last
+            raise ValueError(f"tol must be between 0 and 1, not {tol}")
         if max_iter < 1:
             raise ValueError(f"max_iter must be at least 1, not {max_iter}")
         self.f = f
@@ -90,6 +90,11 @@ class Equilibrium(nn.Module):
         """What the gradient of W is computed in, for a layer in ``dtype``."""
         low = self.precision == "bf16" and dtype == torch.float32
         return torch.bfloat16 if low else dtype
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """Where the stopping rule ends the solves of a layer in ``dtype``."""
+        low = self.gradient_dtype(dtype) == torch.bfloat16
+        return max(self.tol, BF16_TOL) if low else self.tol
 
     def extra_repr(self) -> str:
         return (
@@ -153,14 +158,13 @@ class Equilibrium(nn.Module):
     def _solve(self, iteration, start, dtype: torch.dtype, *, nonnegative: bool):
         """One solve in the precision asked for: the solution in ``dtype``, and its figures."""
         solver = SOLVERS[self.solver]
-        rule = {"tol": self.tol, "max_iter": self.max_iter, "nonnegative": nonnegative}
+        rule = {"tol": self.tolerance(dtype), "max_iter": self.max_iter, "nonnegative": nonnegative}
         if not self.low_precision(dtype):
             solve = solver(iteration(dtype).f, start, **rule)
         elif self.precision == "mixed":
             full, low = iteration(dtype), iteration(torch.bfloat16)
             solve = refine(full.f, low, start, solver=solver, dtype=dtype, **rule)
         else:
-            rule["tol"] = max(self.tol, BF16_TOL)
             start = None if start is None else start.bfloat16()
             solve = solver(iteration(torch.bfloat16).f, start, **rule)._replace(full=0)
         return solve.z.to(dtype), solve._replace(z=None)
@@ -223,7 +227,13 @@ class PcDEQ(nn.Module):
         return INJECTIONS[self.activation.variant](h)
 
     def forward(self, h: Tensor) -> Tensor:
-        """z* of the shape of h, in the parameters' dtype."""
+        """z* of the shape of h, in the parameters' dtype.
+
+        Raises:
+            TypeError: h is complex.
+        """
+        if h.is_complex():
+            raise TypeError("a pcDEQ layer is for real inputs: σ is concave on [0, ∞)")
         return self.deq(self.inject(h.to(self.deq.f.W.weight_v.dtype)))
 
 
@@ -240,6 +250,7 @@ class PcDEQLinear(PcDEQ):
         super().__init__(NonnegativeLinear(features), activation, **options)
 
     def forward(self, h: Tensor) -> Tensor:
+        """z* of the shape of h; the axes before the last one are one batch to the stopping rule."""
         if h.ndim == 2:
             return super().forward(h)
         return super().forward(h.reshape(-1, h.shape[-1])).view(h.shape)
@@ -258,6 +269,13 @@ class PcDEQConv2d(PcDEQ):
         super().__init__(NonnegativeConv2d(channels), activation, **options)
 
     def forward(self, h: Tensor) -> Tensor:
+        """z* of the shape of h, in channels_last.
+
+        Raises:
+            ValueError: h is no batch of images.
+        """
+        if h.ndim != 4:
+            raise ValueError(f"images must be of shape (B, channels, H, W), not {(*h.shape,)}")
         return super().forward(h.contiguous(memory_format=torch.channels_last))
 
 
@@ -271,7 +289,13 @@ def project(model: nn.Module) -> None:
 def register_projection(
     optimizer: torch.optim.Optimizer, model: nn.Module
 ) -> torch.utils.hooks.RemovableHandle:
-    """Makes ``project(model)`` follow every ``optimizer.step()``; returns the removable handle."""
+    """Makes ``project(model)`` follow every ``optimizer.step()``; returns the removable handle.
+
+    Raises:
+        ValueError: there is no pcDEQ weight in ``model``.
+    """
+    if not any(isinstance(module, Nonnegative) for module in model.modules()):
+        raise ValueError("the model has no pcDEQ layer: there is nothing to project")
     return optimizer.register_step_post_hook(lambda *_: project(model))
 
 

@@ -66,10 +66,13 @@ def robust(model: nn.Sequential, lower: Tensor, upper: Tensor, target: Tensor) -
 
     Raises:
         TypeError: a layer has no interval image here.
+        ValueError: a lower corner is above the upper one, or a target is no class.
     """
     *features, classifier = _layers(model)
     if type(classifier) is not nn.Linear:
         raise TypeError(f"the last layer must be nn.Linear, not {type(classifier).__name__}")
+    if not ((target >= 0) & (target < classifier.out_features)).all():
+        raise ValueError(f"targets must be classes from 0 to {classifier.out_features - 1}")
     with full_float32():
         centre, radius = _walk(features, lower, upper).centred()  # (B, n)
     weight, bias = _double(classifier)
@@ -103,6 +106,8 @@ def _layers(model: nn.Sequential) -> Iterator[nn.Module]:
 def _walk(layers: list[nn.Module], lower: Tensor, upper: Tensor) -> Box:
     device = next((_lift(p).device for layer in layers for p in layer.parameters()), lower.device)
     box = Box(lower.to(device).double(), upper.to(device).double())
+    if (box.lower > box.upper).any():  # an empty box would be proved to hold anything
+        raise ValueError("a box has its lower corner above its upper one")
     for layer in layers:
         box = image(layer, box)
     return box
@@ -115,7 +120,8 @@ def image(layer: nn.Module, box: Box) -> Box:
     Every layer is taken in evaluation mode, as a map of real numbers given by its stored weights.
 
     Args:
-        layer: Linear, Conv2d, BatchNorm, MaxPool2d, AvgPool2d, Flatten, or a pcDEQ layer.
+        layer: Linear, Conv2d, BatchNorm, MaxPool2d, AvgPool2d, Flatten, ReLU, Dropout, Identity, or
+            a pcDEQ layer.
         box: of its inputs.
 
     Raises:
@@ -174,9 +180,11 @@ def _(layer: PcDEQ, box: Box) -> Box:
     return Box(found.lower, found.upper)
 
 
-@image.register
-def _(layer: nn.MaxPool2d, box: Box) -> Box:
-    return Box(layer(box.lower), layer(box.upper))
+@image.register(nn.MaxPool2d)
+@image.register(nn.Flatten)
+@image.register(nn.ReLU)
+def _(layer: nn.Module, box: Box) -> Box:
+    return Box(layer(box.lower), layer(box.upper.clone()))  # monotone; ReLU may be in place
 
 
 @image.register
@@ -186,9 +194,10 @@ def _(layer: nn.AvgPool2d, box: Box) -> Box:
     return Box(layer(lower) - gamma * layer(lower.abs()), layer(upper) + gamma * layer(upper.abs()))
 
 
-@image.register
-def _(layer: nn.Flatten, box: Box) -> Box:
-    return Box(layer(box.lower), layer(box.upper))
+@image.register(nn.Dropout)
+@image.register(nn.Identity)
+def _(layer: nn.Module, box: Box) -> Box:
+    return box  # in evaluation mode
 
 
 def _affine(weight: Tensor, bias: Tensor, box: Box, apply: Callable) -> Box:
@@ -247,7 +256,7 @@ def attack(
         for step in range(steps + 1):
             points = points.detach().requires_grad_(step < steps)
             margin = _margin(model(points), target)
-            lower_margin = margin.detach() < worst.margin
+            lower_margin = ~(margin.detach() >= worst.margin)  # NaN is no margin either
             worst = Attack(
                 torch.where(lower_margin.view(-1, 1, 1, 1), points.detach(), worst.points),
                 torch.where(lower_margin, margin.detach(), worst.margin),

@@ -149,7 +149,7 @@ def test_refused(dataset, flags, words, capsys, monkeypatch):
 def test_a_folder_that_holds_a_run_is_refused(capsys):
     folder = command("mnist").folder
     folder.mkdir(parents=True)
-    (folder / "config.json").touch()
+    (folder / "last.pth").touch()
     assert status_of("mnist", ["-net", "linear_pcdeq_1"]) == 2
     assert re.search(f"{folder}.*holds a run.*--resume.*--overwrite", capsys.readouterr().err)
     assert command("mnist", "--overwrite").overwrite

@@ -1,5 +1,6 @@
 """evaluate.py and what it prints: test figures, certificates over a set, proved accuracy."""
 
+import copy
 import json
 import re
 import subprocess
@@ -134,6 +135,22 @@ def test_unconverged_solves_are_warned_of(checkpoints, capsys):
         capsys, checkpoints / "best.pth", "--sample", "--first", 50, "--max-iter", 3
     )
     assert status == 0 and "warning: 1 solves did not reach the tolerance 0.0001" in out
+
+
+def test_the_tolerance_in_bfloat16_is_the_one_that_holds(checkpoints, capsys):
+    _, out, _ = run(
+        capsys, checkpoints / "best.pth", "--sample", "--first", 50, "--precision", "bf16"
+    )
+    assert "picard, bf16, tolerance 0.00390625" in out
+
+
+def test_negative_weights_are_warned_of(checkpoints, capsys, tmp_path):
+    model = copy.deepcopy(trained("linear_pcdeq_1", "tanh"))
+    with torch.no_grad():
+        model.block.deq.f.W.weight_v[3, :2] = -1e-3
+    torch.save({**describe(model), "model": model.state_dict()}, tmp_path / "best.pth")
+    _, out, _ = run(capsys, tmp_path / "best.pth", "--sample", "--first", 50)
+    assert "warning: 2 weights of block are negative" in out
 
 
 def test_a_plain_state_dict_needs_to_be_told(checkpoints, capsys):

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from pcdeq.experiments.errors import RunError
-from pcdeq.experiments.files import write_whole
+from pcdeq.experiments.files import lock, write_whole
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +41,12 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["last.pth"] and path.read_bytes() == b"old"
     with pytest.raises(RunError, match="No such file or directory"):
         write_whole(tmp_path / "gone" / "last.pth", b"new")
+
+
+def test_a_lock_lasts_as_long_as_the_file_is_open(tmp_path):
+    pytest.importorskip("fcntl")
+    first, second = (os.open(tmp_path, os.O_RDONLY) for _ in range(2))
+    assert lock(first) and not lock(second)
+    os.close(first)
+    assert lock(second)
+    os.close(second)

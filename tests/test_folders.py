@@ -52,6 +52,15 @@ def test_a_folder_of_images_is_read_as_torchvision_does(tmp_path, dataset, mode,
     assert (train.mean, train.std) == data.NORMALISATION[dataset]
 
 
+def test_more_than_8_bits_are_refused(tmp_path):
+    """PIL would clip them to white."""
+    write_images(tmp_path, {"a": 1, "b": 1})
+    deep = Image.fromarray(np.full((20, 20), 31_000, np.uint16))
+    deep.save(tmp_path / "train" / "b" / "0.png")
+    with pytest.raises(DataError, match=r"train/b/0\.png .*more than 8 bits"):
+        load("svhn", image_folder=tmp_path)
+
+
 def test_reading_warns_of_nothing(tmp_path):
     write_images(tmp_path, {"a": 1, "b": 1}, mode="P")
     clear = Image.open(tmp_path / "test" / "a" / "0.png")

@@ -52,6 +52,13 @@ def test_two_checkpoints_of_one_name_are_not_drawn_over_each_other(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_two_folders_of_one_name_are_not_drawn_over_each_other(tmp_path):
+    for place in ("a", "b"):
+        made_up_run(tmp_path / place / "run", LINEAR)
+    with pytest.raises(RunError, match=r"a/run and .*b/run would be drawn"):
+        main([str(tmp_path / "a/run"), str(tmp_path / "b/run"), "-o", str(tmp_path / "out")])
+
+
 @pytest.mark.parametrize(
     "words",
     [

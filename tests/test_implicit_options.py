@@ -177,8 +177,8 @@ def test_inputs_that_are_not_finite_end_the_solve_at_once():
     [
         ({"solver": "newton"}, r"'newton'.*picard, anderson"),
         ({"precision": "fp16"}, r"'fp16'.*fp32, mixed, bf16"),
-        ({"tol": 0.0}, "tol must be positive, not 0.0"),
-        ({"tol": float("nan")}, "tol must be positive, not nan"),
+        ({"tol": 0.0}, "tol must be between 0 and 1, not 0.0"),
+        ({"tol": float("nan")}, "tol must be between 0 and 1, not nan"),
         ({"max_iter": 0}, "max_iter must be at least 1, not 0"),
         ({"activation": "relu"}, r"'relu'.*tanh, softsign, relu6, sigmoid"),
     ],

@@ -98,6 +98,23 @@ def test_autocast_changes_nothing(kind, activation, precision):
     torch.testing.assert_close(half.grad, gradients[0])
 
 
+@both
+def test_complex_inputs_are_refused(kind):
+    with pytest.raises(TypeError, match="real inputs"):
+        make(kind, "tanh")(signal(kind).to(torch.complex64))
+
+
+def test_an_image_without_a_batch_is_refused():
+    with pytest.raises(ValueError, match=r"\(B, channels, H, W\), not \(3, 5, 5\)"):
+        PcDEQConv2d(3)(torch.rand(3, 5, 5))
+
+
+def test_a_projection_of_nothing_is_refused():
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="nothing to project"):
+        register_projection(torch.optim.SGD(model.parameters()), model)
+
+
 def test_stands_behind_layers_that_autocast_lowers():
     model = nn.Sequential(nn.Linear(4, 5), make("linear"), nn.Linear(5, 2))
     x = torch.randn(3, 4)

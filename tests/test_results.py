@@ -164,7 +164,12 @@ def test_a_damaged_or_misnamed_result_is_named(tmp_path):
     collect(tmp_path / "run", tmp_path)
     (good,) = tmp_path.glob("*.json")
     text = good.read_text()
-    for damaged in (text[:-20], "{}", "[]", text.replace('"row": "mnist', '"row": "cifar')):
+    fields = json.loads(text)
+    changes = ({"options": {}}, {"test_acc": []}, {"epochs_run": "x"}, {"seconds": None})
+    changes += ({"test_acc": [None] * len(fields["test_acc"])}, {"versions": {}})
+    typed = [json.dumps(fields | change) for change in changes]
+    foreign = text.replace('"row": "mnist', '"row": "cifar')
+    for damaged in (text[:-20], "{}", "[]", foreign, *typed):
         good.write_text(damaged)
         with pytest.raises(RunError, match=good.name):
             read_results(tmp_path)

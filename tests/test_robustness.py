@@ -104,6 +104,8 @@ LAYERS = {
     "max pool": nn.MaxPool2d(3, stride=1, padding=1),
     "average pool": nn.AvgPool2d(2),
     "flatten": nn.Flatten(),
+    "relu": nn.ReLU(),
+    "dropout": nn.Dropout(),
 }
 
 
@@ -229,6 +231,25 @@ def test_what_it_does_not_know_it_refuses():
     for conv in (nn.Conv2d(2, 2, 3, dilation=2), nn.Conv2d(2, 2, 3, padding="same")):
         with pytest.raises(TypeError, match="no interval image is known for Conv2d"):
             image(conv, Box(torch.rand(1, 2, 8, 8).double(), torch.rand(1, 2, 8, 8).double()))
+
+
+def test_an_empty_box_proves_nothing():
+    model = network("linear_pcdeq_1", "tanh")
+    images, labels = digits()[2][:5], digits()[3][:5]
+    with pytest.raises(ValueError, match="lower corner above"):
+        robust(model, images + 0.2, images - 0.2, labels)
+    for wrong in (labels - 10, labels + 10):
+        with pytest.raises(ValueError, match="classes from 0 to 9"):
+            robust(model, images, images, wrong)
+
+
+def test_an_attack_that_meets_nan_has_broken_the_network():
+    model = network("linear_pcdeq_1", "tanh")
+    images, labels = digits()[2][:5], digits()[3][:5]
+    with torch.no_grad():
+        model.classifier.bias.fill_(torch.nan)
+    margin = attack(model, images, images - 0.01, images + 0.01, labels, steps=2).margin
+    assert not (margin > 0).any()
 
 
 def test_sequences_may_be_nested():

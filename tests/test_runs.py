@@ -15,6 +15,7 @@ from pcdeq.experiments import runs
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.files import write_whole
 from pcdeq.experiments.runs import Run, RunConfig, check_folder
+from pcdeq.experiments.training import train
 from pcdeq.weights import CheckpointError, describe
 
 HERE = {"processor": "abacus", "threads": 1, "command": "python train.py"}
@@ -93,6 +94,32 @@ def test_a_run_is_refused_where_one_is(finished):
             check_folder(finished)
     os.remove(finished.folder / runs.LAST)
     check_folder(finished)
+
+
+def test_a_folder_without_a_complete_epoch_is_free(tmp_path):
+    config = config_of(tmp_path / "run")
+    Run(config).begin(HERE)
+    check_folder(config)
+    check_folder(replace(config, lr=1.0, resume=True))
+
+
+def test_one_process_at_a_time(finished):
+    pytest.importorskip("fcntl")
+    before = sorted(finished.folder.iterdir())
+    for other in (finished, replace(finished, overwrite=True), replace(finished, resume=True)):
+        refused = pytest.raises(RunError, match=r"another process is training in .*--out")
+        with Run(finished).held(), refused:
+            train(other)
+        assert sorted(finished.folder.iterdir()) == before
+    with Run(finished).held():
+        pass  # it was released
+
+
+def test_a_folder_that_stays_empty_goes(tmp_path):
+    run = Run(config_of(tmp_path / "run"))
+    with run.held():
+        assert run.folder.is_dir()
+    assert not run.folder.exists()
 
 
 def test_the_first_process_speaks_for_all(finished, monkeypatch):

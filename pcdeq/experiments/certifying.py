@@ -181,7 +181,7 @@ def robust_accuracy(
             lower, upper = boxes(images, batch, radius)
             proved = robust(model, lower, upper, labels)
             corners = (corner.to(x.device, x.dtype) for corner in (lower, upper))
-            broken = attack(model, x, *corners, labels, steps=steps).margin <= 0
+            broken = ~(attack(model, x, *corners, labels, steps=steps).margin > 0)
             count["certified"] += int(proved.sum())
             count["attacked"] += int((~broken).sum())
             count["contradictions"] += int((proved & broken).sum())

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all.
+"""Files that are there whole or not at all, and locks on what one process alone may write.
 
 A file is written under a temporary name, flushed to the disk and renamed over the old one, and the
 folder is flushed too: after a power cut there is the old file or the new one (the usual recipe of
@@ -7,6 +7,12 @@ databases and editors; see the man page of rename(2)).
 
 import os
 from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows: no locks
+    fcntl = None
 
 from pcdeq.experiments.errors import RunError
 
@@ -32,6 +38,21 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError as error:
         message = f"{path} cannot be written ({error.strerror}); what was there before is intact"
         raise RunError(message) from None
+
+
+def lock(file: BinaryIO | int) -> bool:
+    """Locks an open file or folder for as long as any process holds it open; False where one does.
+
+    Always true where the system has no such locks.
+    """
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            pass
+    return True
 
 
 def temporary(path: Path) -> Path:

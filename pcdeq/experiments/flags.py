@@ -40,9 +40,10 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--data-root", metavar="DIR", type=folder, default="data",
                       help="where the set is, or is downloaded to (default: data)")
     source = data.add_mutually_exclusive_group().add_argument
-    source("--sample", action="store_true", help="5,000 MNIST digits that are here, instead")
-    source("--image-folder", metavar="DIR",
-           help="DIR/train/<class>/* and DIR/test/<class>/*, instead")
+    source("--sample", action="store_true",
+           help="instead of the set: 5,000 MNIST digits, no download")
+    source("--image-folder", metavar="DIR", type=folder,
+           help="instead: DIR/train/<class>/*, DIR/test/<class>/*")
 
 
 def add_network(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +66,7 @@ def add_solver(parser: argparse.ArgumentParser) -> None:
            help=f"{', '.join(SOLVERS)} (default: %(default)s)")
     solver("--precision", metavar="NAME", choices=PRECISIONS, default="fp32",
            help=f"of the solves: {', '.join(PRECISIONS)} (default: %(default)s)")
-    solver("--tol", metavar="X", type=positive, default=1e-4,
+    solver("--tol", metavar="X", type=fraction, default=1e-4,
            help="relative step that ends a solve (default: %(default)s)")
     solver("--max-iter", metavar="N", type=count, default=200,
            help="iterations that end it anyway (default: %(default)s)")
@@ -117,6 +118,7 @@ count = _number(int, lambda n: 0 < n < 2**31, "a whole number from 1 on")
 from_zero = _number(int, lambda n: 0 <= n < 2**31, "a whole number from 0 on")
 seed = _number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 4294967295")
 rate = _number(float, lambda x: 0 <= x < math.inf, "a finite number from 0 on")
+fraction = _number(float, lambda x: 0 < x < 1, "a number between 0 and 1")
 positive = _number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
 
 

@@ -56,6 +56,8 @@ def _decode(listed: datasets.ImageFolder, shape: tuple[int, int, int]) -> Labell
         path, _ = listed.samples[index]
         try:
             with Image.open(path) as file:
+                if file.mode[0] in "IF":  # 16 and 32 bits: PIL would clip all above 255
+                    raise ValueError(f"it has more than 8 bits a channel (mode {file.mode})")
                 image = file.convert("L" if channels == 1 else "RGB")
         except Exception as error:  # PIL's decoders raise whatever they meet
             raise DataError(f"{path} cannot be read as an image: {error}") from error

@@ -1,7 +1,7 @@
 """Which figures a run or a checkpoint gets, and the measurements that they need."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from pcdeq.weights import load_network
 BATCH = 100  # images whose convergence is shown
 EXAMPLES = """\
   python plot.py runs/* -o figures
-  python plot.py runs/mnist_linear_pcdeq_1_tanh_sample_seed0/best.pth --sample -o figures
+  python plot.py runs/first/best.pth --sample -o figures
   python plot.py best.pth --eps 0.002 0.005 0.01 --first 2000 -o figures
 """
 
@@ -51,15 +51,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders = [run for run in flags.runs if run.is_dir()]
     if flags.eps and len(folders) == len(flags.runs):
         parser.error("--eps is for checkpoints: name best.pth or last.pth in the folder")
-    checkpoints = {}
-    for path in (run for run in flags.runs if run not in folders):
-        if (name := _name(path)) in checkpoints:
-            raise RunError(f"{checkpoints[name]} and {path} would be drawn into the same files")
-        checkpoints[name] = path
+    checkpoints = _distinct((run for run in flags.runs if run not in folders), _name)
+    _distinct(folders, lambda folder: folder.resolve().name)
     made = run_figures(folders, flags.out) if folders else []
     for name, path in checkpoints.items():
         made += _of_checkpoint(path, name, flags)
     print(*made, sep="\n")
+
+
+def _distinct(paths: Iterable[Path], name: Callable[[Path], str]) -> dict[str, Path]:
+    """The paths by their names.
+
+    Raises:
+        RunError: two have one name, under which one would be drawn over the other.
+    """
+    named: dict[str, Path] = {}
+    for path in paths:
+        if (other := named.setdefault(name(path), path)) is not path:
+            raise RunError(f"{other} and {path} would be drawn under one name: rename one of them")
+    return named
 
 
 def _name(path: Path) -> str:

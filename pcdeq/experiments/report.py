@@ -26,7 +26,7 @@ from pcdeq.experiments.flags import (
 from pcdeq.weights import load_network
 
 EXAMPLES = """\
-  python evaluate.py runs/mnist_linear_pcdeq_1_tanh_sample_seed0/best.pth --sample --certify
+  python evaluate.py runs/first/best.pth --sample --certify
   python evaluate.py best.pth --certify --eps 0.002 0.005 0.01 --first 2000
   python evaluate.py authors.pth -net linear_pcdeq_1 -activ tanh --dataset mnist
 """
@@ -51,13 +51,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         images = replace(
             images, images=images.images[: flags.first], labels=images.labels[: flags.first]
         )
+    tolerance = model.blocks[0].deq.tolerance(torch.float32)
     where = machine.environment(torch.device(flags.device))
     size = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{model.name} ({model.activation}) for {model.dataset}, {size:,} parameters, "
         f"on {where['device_name']}, {where['threads']} thread(s); "
-        f"{flags.solver}, {flags.precision}, tolerance {flags.tol:g}"
+        f"{flags.solver}, {flags.precision}, tolerance {tolerance:g}"
     )
+    for name, block in model.named_children():
+        if block in model.blocks and (negative := int((block.deq.f.W.weight() < 0).sum())):
+            print(f"warning: {negative:,} weights of {name} are negative: no theorem holds for it")
     origin = " (the sample: from MNIST's training set)" * flags.sample
     test = evaluate(model, images, flags.batch_size)
     print(
@@ -67,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{test.images_per_second:,.0f} images/s"
     )
     if test.unconverged:
-        print(f"warning: {test.unconverged} solves did not reach the tolerance {flags.tol:g}")
+        print(f"warning: {test.unconverged} solves did not reach the tolerance {tolerance:g}")
     if flags.certify:
         _timed(
             lambda tick: certifying.format_certificates(

@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from pcdeq.experiments.errors import RunError
-from pcdeq.experiments.flags import add_help, add_solver, count, device, program
+from pcdeq.experiments.flags import add_help, add_solver, count, device, folder, program
 from pcdeq.experiments.publish import publish
 from pcdeq.experiments.recipes import ROWS, Recipe
 from pcdeq.experiments.results import Result, collect, find_runs, read_results, train_command
@@ -53,7 +53,7 @@ def main(root: Path, argv: Sequence[str] | None = None) -> None:
     ]
     if not recipes:
         parser.error(f"no row matches {args.rows!r}; {_names(args.dataset)}")
-    results = args.results or Path(os.path.relpath(root / "results"))
+    results = Path(args.results or os.path.relpath(root / "results"))
     own = results.resolve() == root.resolve() / "results"
     if args.collect:
         _collect(find_runs(args.collect), results, root if own else results)
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     rows("--seeds", metavar="N", type=count, default=5, help="0 to N − 1 (default: %(default)s)")
     rows("--jobs", metavar="N", type=count, default=1,
          help="runs at a time, with 1/N of the cores each (default: %(default)s)")
-    rows("--results", metavar="DIR", type=Path,
+    rows("--results", metavar="DIR", type=folder,
          help="holds what is done, and DIR/runs (default: results)")
 
     instead = parser.add_argument_group("instead of running").add_mutually_exclusive_group()
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     instead("--figures", action="store_true", help="draw them to DIR/figures (matplotlib)")
 
     run = parser.add_argument_group("passed on to the runs").add_argument
-    run("--data-root", metavar="DIR", help="where the sets are, or are downloaded to")
+    run("--data-root", metavar="DIR", type=folder, help="where the sets are, or are downloaded to")
     run("--device", metavar="NAME", type=device, help="cpu, cuda, cuda:N, mps")
     add_solver(parser)
     return parser
@@ -134,13 +134,15 @@ def _run(
     if not jobs:
         print(f"nothing to do: {results} holds all {len(asked)} results of {len(recipes)} row(s)")
         return
-    print(f"{len(jobs)} runs, {args.jobs} at a time, {max(1, cores() // args.jobs)} thread(s) each")
+    threads = max(1, cores() // args.jobs)
+    print(f"{len(jobs)} run(s), {args.jobs} at a time, {threads} thread(s) each")
     home = root if own else results
     failures = run_all(
         jobs, args.jobs, lambda job: _take_in(job.folder, results, home), len(asked) - len(jobs)
     )
-    for failure in failures:
-        print(f"failed: {failure.job.name}: {failure.reason}", file=sys.stderr)
+    if len(jobs) > 1:  # what failed was said when it did, hours ago perhaps
+        for failure in failures:
+            print(f"failed: {failure.job.name}: {failure.reason}", file=sys.stderr)
     if failures:
         raise RunError(f"{len(failures)} of {len(jobs)} runs failed; the same command tries again")
 
@@ -165,16 +167,16 @@ def _take_in(folder: Path, results: Path, home: Path) -> None:
     print(f"{results / result.name}.json: {result.test_acc[-1]:.2f} %")
 
 
-def _collect(folders: list[Path], results: Path, home: Path) -> None:
+def _collect(runs: list[Path], results: Path, home: Path) -> None:
     refused = 0
-    for folder in folders:
+    for run in runs:
         try:
-            _take_in(folder, results, home)
+            _take_in(run, results, home)
         except RunError as error:
             print(f"not taken in: {error}", file=sys.stderr)
             refused += 1
     if refused:
-        raise RunError(f"{refused} of {len(folders)} runs were not taken in")
+        raise RunError(f"{refused} of {len(runs)} runs were not taken in")
 
 
 def _held(results: Path) -> list[Result]:

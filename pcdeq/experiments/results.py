@@ -13,13 +13,14 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_origin, get_type_hints
 
 import torch
 
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.files import write_whole
 from pcdeq.experiments.recipes import ROWS, Recipe
-from pcdeq.experiments.runs import CONFIG, METRICS, RunConfig, read_config
+from pcdeq.experiments.runs import COLUMNS, CONFIG, METRICS, RunConfig, read_config
 from pcdeq.networks import build_network
 
 RECIPES = {recipe.name: recipe for recipe in ROWS}
@@ -97,12 +98,28 @@ def _read(path: Path) -> Result:
     try:
         result = Result(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
-        raise RunError(f"{path} is not a result file as reproduce.py writes it") from None
+        result = None
+    if result is None or not _is_whole(result):
+        raise RunError(f"{path} is not a result file as reproduce.py writes it")
     if result.row not in RECIPES:
         raise RunError(f"{path} names the row {result.row!r}, which the paper does not have")
     if result.name != path.stem:
         raise RunError(f"{path} holds the result of {result.name}")
     return result
+
+
+def _is_whole(result: Result) -> bool:
+    """Whether every field is of its type, and there is a figure for each epoch."""
+    kinds = {name: get_origin(kind) or kind for name, kind in get_type_hints(Result).items()}
+    kinds["seconds"] = int | float
+    columns = (result.test_acc, result.forward_iters, result.backward_iters)
+    return (
+        all(isinstance(getattr(result, name), kind) for name, kind in kinds.items())
+        and {*OPTIONS, "processes"} <= result.options.keys()
+        and "torch" in result.versions
+        and all(len(column) == result.epochs_run > 0 for column in columns)
+        and all(isinstance(value, int | float) for column in columns for value in column)
+    )
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, float]]:
@@ -116,9 +133,10 @@ def read_metrics(folder: str | Path) -> list[dict[str, float]]:
         return []
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            return [
-                {key: float(value) for key, value in row.items()} for row in csv.DictReader(file)
-            ]
+            reader = csv.DictReader(file)
+            if missing := sorted({*COLUMNS} - {*(reader.fieldnames or COLUMNS)}):
+                raise ValueError(f"it has no column {missing[0]}")
+            return [{key: float(value) for key, value in row.items()} for row in reader]
     except (ValueError, TypeError, csv.Error) as error:
         raise RunError(f"{path} is damaged: {error}") from None
 

@@ -18,6 +18,8 @@ import io
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from typing import Any
 import torch
 
 from pcdeq.experiments.errors import RunError
-from pcdeq.experiments.files import temporary, write_whole
+from pcdeq.experiments.files import lock, temporary, write_whole
 from pcdeq.weights import CheckpointError, read_checkpoint
 
 CONFIG, METRICS, BEST, LAST = "config.json", "metrics.csv", "best.pth", "last.pth"
@@ -122,8 +124,8 @@ def check_folder(config: RunConfig) -> None:
     if config.resume and config.overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     _check_writable(folder)
-    if not any((folder / name).exists() for name in (CONFIG, METRICS, BEST, LAST)):
-        return
+    if not any((folder / name).exists() for name in (METRICS, BEST, LAST)):
+        return  # no epoch was completed
     if not (config.resume or config.overwrite):
         raise ValueError(
             f"{folder} already holds a run: --resume goes on with it, --overwrite starts it anew"
@@ -188,6 +190,31 @@ class Run:
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.folder = config, config.folder
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Makes the folder, and keeps every other process from this run in it meanwhile.
+
+        Raises:
+            RunError: another process is at it, or the folder cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.folder, os.O_RDONLY) if os.name != "nt" else None
+        except OSError as error:
+            raise RunError(f"{self.folder} cannot be written ({error.strerror})") from None
+        try:
+            if handle is not None and not lock(handle):
+                raise RunError(
+                    f"another process is training in {self.folder}: wait for it, stop it, or name "
+                    "another folder with --out"
+                )
+            yield
+        finally:
+            if handle is not None:
+                os.close(handle)
+            with suppress(OSError):  # it holds something, as a rule
+                self.folder.rmdir()
 
     def begin(self, environment: dict[str, Any]) -> None:
         """Opens the folder and writes ``config.json``; with ``--overwrite`` the old run goes first.

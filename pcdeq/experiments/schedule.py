@@ -16,17 +16,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import BinaryIO
 
 from pcdeq.experiments.errors import RunError
+from pcdeq.experiments.files import lock
 from pcdeq.experiments.results import read_metrics
 from pcdeq.experiments.signals import Signals
 from pcdeq.experiments.tables import duration
-
-try:
-    import fcntl
-except ImportError:  # Windows: no locks, so one scheduler at a time
-    fcntl = None
 
 POLL = 0.2  # seconds between two looks at the running processes
 REFRESH = 1.0  # seconds between two pictures of the progress
@@ -115,7 +110,7 @@ def _start(job: Job, threads: int) -> subprocess.Popen | None:
     """The job's process, or None while another process is at it."""
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
-        if not _lock(log):
+        if not lock(log):
             return None
         return subprocess.Popen(
             job.command,
@@ -125,16 +120,6 @@ def _start(job: Job, threads: int) -> subprocess.Popen | None:
             env=os.environ | {"OMP_NUM_THREADS": str(threads)},
             start_new_session=True,  # a Ctrl-C reaches it once, through us, not twice
         )
-
-
-def _lock(log: BinaryIO) -> bool:
-    """Locks an open log for as long as any process holds it open; False where one does."""
-    if fcntl is not None:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
 
 
 def _outcome(job: Job, status: int, finished: Callable[[Job], None]) -> str:

@@ -65,7 +65,10 @@ class Trainer:
         # The backward solves have waited for the device already: reading two numbers is cheap now.
         value, right = torch.stack((loss.detach(), (logits.argmax(1) == y).sum())).tolist()
         if not math.isfinite(value):
-            raise FloatingPointError(f"the loss is {value}, though every forward solve is finite")
+            raise FloatingPointError(
+                f"the loss is {value}, though every forward solve is finite: a smaller -lr or -wd "
+                "may help"
+            )
         self._check("backward")
         self.optimizer.step()
         self.network.clamp()

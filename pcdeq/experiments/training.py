@@ -6,6 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def train(config: RunConfig) -> RunResult:
     """
     machine.keep_freed_memory()
     run = Run(config)
-    with join(config.device) as processes:
+    with join(config.device) as processes, run.held() if processes.first else nullcontext():
         say = functools.partial(print, flush=True) if processes.first else lambda text: None
         checkpoint = processes.tell(run.load() if processes.first else None)
         result = RunResult(run.folder, checkpoint["training"]["rows"] if checkpoint else [])
