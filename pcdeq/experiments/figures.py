@@ -99,6 +99,9 @@ def result_figures(results: Iterable[Result], directory: str | Path) -> list[Pat
                 for axis, (title, panel) in zip(axes, panels, strict=True):
                     draw(axis, panel)
                     axis.set(title=title, xlabel="epoch")
+                    labels = axis.get_legend_handles_labels()[1]
+                    columns = 2 if max(map(len, labels)) < 20 else 1
+                    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns)
                     axis.xaxis.get_major_locator().set_params(integer=True)
             paths.append(Path(f"{path}.png"))
     return paths
@@ -118,7 +121,6 @@ def _accuracy(axis: Axes, lines: list[Line]) -> None:
     values = np.concatenate(everything)
     low, high = np.quantile(values, 0.03), values.max()  # the first epochs may start far below
     axis.set(ylabel="test accuracy, %", ylim=(low - 0.05 * (high - low), None))
-    axis.legend(loc="lower right")
 
 
 def _iterations(axis: Axes, lines: list[Line]) -> None:
@@ -132,9 +134,6 @@ def _iterations(axis: Axes, lines: list[Line]) -> None:
         _band(axis, backward, **look | {"linestyle": DASHES[2]})
     axis.plot([], [], color="grey", linestyle=DASHES[2], label="backward")
     axis.set(ylabel="iterations of a solve", ylim=(0, None))
-    labels = axis.get_legend_handles_labels()[1]
-    columns = 2 if max(map(len, labels)) < 20 else 1
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns)  # under the axis
 
 
 def _band(axis: Axes, each: np.ndarray, **look: object) -> None:
