@@ -77,12 +77,17 @@ def certify(model: nn.Module, x: Tensor, rate_steps: int = RATE_STEPS) -> list[C
 
     Args:
         model: any module with pcDEQ blocks; it runs once, in evaluation mode, which is restored.
-        x: a batch of the model's inputs.
+        x: a batch of the model's inputs, of the shape and dtype that it takes.
         rate_steps: power steps for the bounds on the rate; more bring them closer together.
 
     Returns:
         One certificate for each block.
+
+    Raises:
+        ValueError: the batch is empty.
     """
+    if not len(x):
+        raise ValueError("there is no sample in the batch: nothing to certify")
     with torch.no_grad(), full_float32():
         return [
             _certify_block(name, block, x, z, rate_steps) for name, block, x, z in _visits(model, x)

@@ -3,7 +3,7 @@
 Forward, a solver finds z* without recording a graph. One recorded node then stands for the last
 evaluation of f at z*, and a hook on its output turns ∂L/∂z* into the solution g of the adjoint
 equation g = Jᵀg + ∂L/∂z*, J = ∂f/∂z at z*, before the node hands g on to x and W (Bai, Kolter,
-Koltun, NeurIPS 2019). Memory is one activation, whatever the iterations.
+Koltun, NeurIPS 2019). Memory is z* and the block's input, whatever the iterations.
 
 At the fixed point σ'(Wz* + x) is known from z* = σ(Wz* + x) itself: neither the node nor the
 hook evaluates the layer again.

@@ -209,3 +209,8 @@ def test_histories_fall_at_the_certified_rate(name, activation):
             tail = [r for r in residuals if r > 1e-11][-6:]
             ratio = (tail[-1] / tail[0]) ** (1 / (len(tail) - 1))
             assert ratio < h.rate * 1.02
+
+
+def test_an_empty_batch_is_refused():
+    with pytest.raises(ValueError, match="no sample"):
+        certify(nn.Sequential(PcDEQLinear(3)), torch.rand(0, 3))

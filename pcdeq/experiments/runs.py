@@ -255,7 +255,12 @@ class Run:
         path, best = self.folder / LAST, self.folder / BEST
         if not (self.config.resume and path.exists()):
             return None
-        checkpoint = read_checkpoint(path)
+        try:
+            checkpoint = read_checkpoint(path)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; --resume cannot go on from it, --overwrite starts the run anew"
+            ) from None
         state = checkpoint.get("training")
         if not _is_state(state):
             raise CheckpointError(f"{path} holds weights but no run to go on with")

@@ -111,7 +111,7 @@ def _prepare(
     batch, rest = min(config.batch_size, size), size % config.batch_size
     why = "batch normalisation needs two images in each process"
     if batch < least:
-        raise RunError(f"batches of {batch} are too small for {processes.world} process(es): {why}")
+        raise RunError(f"batches of {batch} are too small: {why}, at least {least} in all (-b)")
     if 0 < rest < least:
         say(f"the last batch of each epoch, of {rest}, is left out: {why}")
     torch.manual_seed(config.seed)
