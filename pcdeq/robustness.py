@@ -182,9 +182,13 @@ def _(layer: PcDEQ, box: Box) -> Box:
 
 @image.register(nn.MaxPool2d)
 @image.register(nn.Flatten)
-@image.register(nn.ReLU)
 def _(layer: nn.Module, box: Box) -> Box:
-    return Box(layer(box.lower), layer(box.upper.clone()))  # monotone; ReLU may be in place
+    return Box(layer(box.lower), layer(box.upper))
+
+
+@image.register
+def _(layer: nn.ReLU, box: Box) -> Box:
+    return Box(box.lower.relu(), box.upper.relu())  # the layer itself may write to its argument
 
 
 @image.register

@@ -243,6 +243,14 @@ def test_an_empty_box_proves_nothing():
             robust(model, images, images, wrong)
 
 
+def test_a_relu_in_place_leaves_the_box_as_it_was():
+    box = Box(torch.randn(3, 4).double() - 1, torch.randn(3, 4).double() + 5)
+    before = box.lower.clone(), box.upper.clone()
+    found = image(nn.ReLU(inplace=True), box)
+    assert torch.equal(found.lower, before[0].relu()) and torch.equal(found.upper, before[1].relu())
+    assert torch.equal(box.lower, before[0]) and torch.equal(box.upper, before[1])
+
+
 def test_an_attack_that_meets_nan_has_broken_the_network():
     model = network("linear_pcdeq_1", "tanh")
     images, labels = digits()[2][:5], digits()[3][:5]

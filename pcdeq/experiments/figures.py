@@ -8,7 +8,7 @@ in colour alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -174,14 +174,14 @@ def run_figures(folders: Sequence[str | Path], directory: str | Path) -> list[Pa
         The PNG files written.
 
     Raises:
-        RunError: no run there, or no complete epoch; no matplotlib.
+        RunError: no run there, or no complete epoch; two of one name; no matplotlib.
     """
     runs = {}
-    for folder in map(Path, folders):
+    for name, folder in distinct(map(Path, folders), lambda path: path.resolve().name).items():
         rows = read_metrics(folder)
         if not rows:
             raise RunError(f"{folder} is no run with a complete epoch")
-        runs[folder.resolve().name] = {key: [row[key] for row in rows] for key in rows[0]}
+        runs[name] = {key: [row[key] for row in rows] for key in rows[0]}
     curves, iterations = Path(directory) / "curves", Path(directory) / "iterations"
     with drawing(curves, COLUMN, 4.2) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True)
@@ -197,6 +197,19 @@ def run_figures(folders: Sequence[str | Path], directory: str | Path) -> list[Pa
         axis.xaxis.get_major_locator().set_params(integer=True)
         _legend(axis, "forward", "backward")
     return [Path(f"{path}.png") for path in (curves, iterations)]
+
+
+def distinct(paths: Iterable[Path], name: Callable[[Path], str]) -> dict[str, Path]:
+    """The paths by their names.
+
+    Raises:
+        RunError: two have one name, under which one would be drawn over the other.
+    """
+    named: dict[str, Path] = {}
+    for path in paths:
+        if (other := named.setdefault(name(path), path)) is not path:
+            raise RunError(f"{other} and {path} would be drawn under one name: rename one of them")
+    return named
 
 
 def _pair(axis: Axes, runs: dict, solid: str, dashed: str, label: str) -> None:

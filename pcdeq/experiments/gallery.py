@@ -1,7 +1,7 @@
 """Which figures a run or a checkpoint gets, and the measurements that they need."""
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +10,12 @@ from tqdm import tqdm
 from pcdeq.certificates import history
 from pcdeq.experiments.certifying import robust_accuracy
 from pcdeq.experiments.data import test_set
-from pcdeq.experiments.errors import RunError
-from pcdeq.experiments.figures import convergence_figure, robustness_figure, run_figures
+from pcdeq.experiments.figures import (
+    convergence_figure,
+    distinct,
+    robustness_figure,
+    run_figures,
+)
 from pcdeq.experiments.flags import (
     add_data,
     add_help,
@@ -51,25 +55,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders = [run for run in flags.runs if run.is_dir()]
     if flags.eps and len(folders) == len(flags.runs):
         parser.error("--eps is for checkpoints: name best.pth or last.pth in the folder")
-    checkpoints = _distinct((run for run in flags.runs if run not in folders), _name)
-    _distinct(folders, lambda folder: folder.resolve().name)
+    checkpoints = distinct((run for run in flags.runs if run not in folders), _name)
     made = run_figures(folders, flags.out) if folders else []
     for name, path in checkpoints.items():
         made += _of_checkpoint(path, name, flags)
     print(*made, sep="\n")
-
-
-def _distinct(paths: Iterable[Path], name: Callable[[Path], str]) -> dict[str, Path]:
-    """The paths by their names.
-
-    Raises:
-        RunError: two have one name, under which one would be drawn over the other.
-    """
-    named: dict[str, Path] = {}
-    for path in paths:
-        if (other := named.setdefault(name(path), path)) is not path:
-            raise RunError(f"{other} and {path} would be drawn under one name: rename one of them")
-    return named
 
 
 def _name(path: Path) -> str:
