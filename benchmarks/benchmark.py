@@ -178,7 +178,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="rounds (default: 7 to 300, by the row)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    machine.keep_freed_memory()
     where = machine.environment(torch.device("cpu"))
     print(
         f"{where['processor']}, {amx()}, {where['threads']} threads, "

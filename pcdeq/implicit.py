@@ -138,19 +138,15 @@ class Equilibrium(nn.Module):
             raise RuntimeError(
                 "a pcDEQ block is differentiable once: create_graph=True is not supported"
             )
-        apply = self.f.W.apply
+        apply, derivative = self.f.W.apply, self.f.activation.derivative
 
         def iteration(dtype: torch.dtype) -> Linearised:
-            Wt, d, b = transposed.to(dtype), slope.to(dtype), grad.to(dtype)
-            y = torch.empty_like(d)  # σ'∘g, in the same memory in each iteration
-
-            def tangent(_: Tensor):
-                return lambda v, r: apply(torch.mul(d, v, out=y), Wt, r)
-
-            return Linearised(lambda g: apply(torch.mul(d, g, out=y), Wt, b), tangent)
+            Wt, b, d = transposed.to(dtype), grad.to(dtype), derivative(z).to(dtype)
+            return Linearised(
+                lambda g: apply(d * g, Wt, b), lambda _: lambda v, r: apply(d * v, Wt, r)
+            )
 
         with torch.no_grad(), _no_autocast(z):
-            slope = self.f.activation.derivative(z)
             transposed = self.f.W.transpose(weight)
             g, self.backward_solve = self._solve(iteration, grad, z.dtype, nonnegative=False)
         return g
@@ -162,8 +158,7 @@ class Equilibrium(nn.Module):
         if not self.low_precision(dtype):
             solve = solver(iteration(dtype).f, start, **rule)
         elif self.precision == "mixed":
-            full, low = iteration(dtype), iteration(torch.bfloat16)
-            solve = refine(full.f, low, start, solver=solver, dtype=dtype, **rule)
+            solve = refine(iteration, start, solver=solver, dtype=dtype, **rule)
         else:
             start = None if start is None else start.bfloat16()
             solve = solver(iteration(torch.bfloat16).f, start, **rule)._replace(full=0)

@@ -32,8 +32,8 @@ class _Softplus(torch.autograd.Function):
         ctx.save_for_backward(h)
         u = h.abs().mul_(-BETA).exp_()
         w = u + 1
-        x = u.sub_(w - 1).div_(w).add_(w.log_()).div_(BETA)  # log1p(u)/β
-        x.add_(h.clamp(min=0))
+        log1p = torch.addcdiv(w.log(), u.sub_(w - 1), w, out=u)
+        x = h.clamp(min=0).add_(log1p, alpha=1 / BETA)
         return x.clamp_(min=smallest_positive(h.dtype, h.device.type))
 
     @staticmethod

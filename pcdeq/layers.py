@@ -137,8 +137,7 @@ class _WeightNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, v: Tensor, g: Tensor) -> Tensor:
-        inverse = _row_norms(v).reciprocal_()
-        inverse.masked_fill_(inverse.isinf(), 0)
+        inverse = _row_norms(v).reciprocal_().nan_to_num_(nan=math.nan, posinf=0)
         scale = g * inverse
         ctx.save_for_backward(v, inverse, scale)
         return v * scale

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 EPSILON = 1e-5  # in the denominator of the residual, so that z* = 0 is no special case
+LOW = torch.bfloat16
 BF16_TOL = 2.0**-8  # the unit roundoff of bfloat16: the least residual that it can be asked for
 
 # Reading a residual stops a GPU until it is idle, so there several evaluations are queued first.
@@ -110,8 +111,7 @@ class Linearised(NamedTuple):
 
 
 def refine(
-    f: Map,
-    low: Linearised,
+    at: Callable[[torch.dtype], Linearised],
     z: Tensor | None,
     *,
     solver: Callable[..., Solve],
@@ -120,35 +120,35 @@ def refine(
     max_iter: int,
     nonnegative: bool = True,
 ) -> Solve:
-    """Mixed precision: solve roughly in a low precision, then correct until ``f`` meets the rule.
+    """Mixed precision: solve roughly in bfloat16, then correct until the full f meets the rule.
 
     Each round evaluates f once in full precision, which checks the rule and gives the residual
-    r = f(z) − z; the Newton correction δ = Jδ + r is solved in the low precision to a few percent,
+    r = f(z) − z; the Newton correction δ = Jδ + r is solved in bfloat16 to a few percent,
     and z + δ = f(z) + (δ − r) is the next z. The fixed point is unique, so any nonnegative z is a
     safe place to go on from: a correction that did not lower the residual is dropped, and the plain
     step f(z) taken in its place.
 
     Args:
-        f: the map in full precision.
-        low: the map and its tangent in the low precision.
+        at: the map and its tangent in a precision; made anew each time, so that what one precision
+            needs takes no memory while the other is at work.
         z: start in the full precision, or ``None`` for the origin.
-        solver: one of ``SOLVERS``, for the two kinds of low-precision solves.
+        solver: one of ``SOLVERS``, for both kinds of solves in bfloat16.
         dtype: the full precision.
         tol: as for ``picard``, of the residual in full precision.
         max_iter: largest number of evaluations, of either precision together.
         nonnegative: project corrected iterates onto the nonnegative orthant.
     """
     if max_iter == 1:
-        return solver(f, z, tol=tol, max_iter=1, nonnegative=nonnegative)
-    low_start = None if z is None else z.to(torch.bfloat16)
-    rough = solver(low.f, low_start, tol=ROUGH_TOL, max_iter=max_iter - 1, nonnegative=nonnegative)
-    z = rough.z.to(dtype)
-    iterations, full, before = rough.iterations, 0, math.inf
+        return solver(at(dtype).f, z, tol=tol, max_iter=1, nonnegative=nonnegative)
+    z, iterations = _roughly(at(LOW), z, solver, dtype, max_iter - 1, nonnegative)
+    full, before = 0, math.inf
     plain = None  # the plain step, while a correction taken in its place is on trial
     while True:
-        fz = f(z)
+        r = None  # f may have its memory
+        fz = at(dtype).f(z)
         iterations, full = iterations + 1, full + 1
-        r = fz - z
+        r = torch.sub(fz, z, out=None if fz is z else z)
+        del z  # r has its memory
         residual = _relative(*_read([vector_norm(r), vector_norm(fz)]))
         if residual < tol or iterations >= max_iter:
             return Solve(fz, iterations, full, residual, residual < tol)
@@ -159,24 +159,40 @@ def refine(
             return Solve(fz, iterations, full, residual, False)
         before = residual
         if iterations + 1 < max_iter:
-            r_low = r.to(torch.bfloat16)
-            tangent = low.tangent(fz.to(torch.bfloat16))
-            correction = solver(
-                lambda v, tangent=tangent, r=r_low: tangent(v, r),
-                r_low,
-                tol=CORRECTION_TOL,
-                max_iter=max_iter - 1 - iterations,
-                nonnegative=False,
-            )
-            iterations += correction.iterations
-            z, plain = fz + (correction.z - r_low), fz
+            r = r.to(LOW)  # in full it would take memory meanwhile
+            z, spent = _corrected(at(LOW), fz, r, solver, max_iter - 1 - iterations)
+            iterations, plain = iterations + spent, fz
             if nonnegative:
                 z.clamp_(min=0)
         else:
             z, plain = fz, None
 
 
-ROUGH_TOL = BF16_TOL  # of the first low-precision solve
+def _roughly(
+    low: Linearised,
+    z: Tensor | None,
+    solver: Callable[..., Solve],
+    dtype: torch.dtype,
+    max_iter: int,
+    nonnegative: bool,
+) -> tuple[Tensor, int]:
+    """The fixed point as bfloat16 has it, and the evaluations that it took."""
+    start = None if z is None else z.to(LOW)
+    rough = solver(low.f, start, tol=ROUGH_TOL, max_iter=max_iter, nonnegative=nonnegative)
+    return rough.z.to(dtype), rough.iterations
+
+
+def _corrected(
+    low: Linearised, fz: Tensor, r: Tensor, solver: Callable[..., Solve], max_iter: int
+) -> tuple[Tensor, int]:
+    """z + δ with δ = Jδ + r solved in bfloat16, and the products that it took."""
+    tangent = low.tangent(fz.to(LOW))
+    rule = {"tol": CORRECTION_TOL, "max_iter": max_iter, "nonnegative": False}
+    correction = solver(lambda v: tangent(v, r), r, **rule)
+    return fz + (correction.z - r), correction.iterations  # z = f(z) − r
+
+
+ROUGH_TOL = BF16_TOL  # of the first solve in bfloat16
 CORRECTION_TOL = 0.02  # of a correction: small already, a few percent of it are enough
 
 

@@ -2,12 +2,14 @@
 
 import copy
 import pickle
+import types
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pcdeq import activations
 from pcdeq.activations import ACTIVATIONS, allowed, get_activation
 
 every = pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
@@ -42,10 +44,14 @@ def test_in_place_is_the_same_function(activation, dtype):
 
 
 @every
-def test_in_place_on_a_large_image_is_as_exact(activation):
+@pytest.mark.parametrize("side", [5, 40])  # below and above LARGE
+@pytest.mark.parametrize("numpy", [True, False])
+def test_in_place_on_images_is_as_exact(activation, side, numpy, monkeypatch):
     """Where another kernel may take over: accuracy, layout, and the edges of float32."""
+    if not numpy:
+        monkeypatch.setattr(activations, "NUMPY", False)
     torch.manual_seed(0)
-    s = torch.rand(4, 12, 40, 40) * 10
+    s = torch.rand(4, 12, side, side) * 10
     edges = torch.tensor([0.0, 1.4e-45, 1e-39, 1.2e-38, 1e-30, 1e-7, 9.0, 1e4, torch.inf])
     if activation.name == "softsign":
         edges = edges[:-1]  # inf/inf, in torch's own as well
@@ -53,12 +59,25 @@ def test_in_place_on_a_large_image_is_as_exact(activation):
     s = s.contiguous(memory_format=torch.channels_last)
     truth = activation.function(s.double())
     v = activation.function_(s.clone(memory_format=torch.preserve_format))
-    assert v.stride() == s.stride()
+    assert v.stride() == s.stride() and (v[s > 0] > 0).all()  # a pcDEQ-1 value never underflows
     torch.testing.assert_close(v.double(), truth, rtol=3 * 2.0**-24, atol=2e-45)
-    assert (v[s > 0] > 0).all()  # a pcDEQ-1 value must not underflow
     plain = activation.function_(s.clone(memory_format=torch.contiguous_format))
     torch.testing.assert_close(plain, v, rtol=3 * 2.0**-24, atol=0)
-    assert activation.function_(torch.full((2**16,), torch.nan)).isnan().all()
+    assert activation.function_(torch.full((12 * side,), torch.nan)).isnan().all()
+
+
+def test_many_threads_share_a_large_tanh(monkeypatch):
+    numpys = []
+    monkeypatch.setattr(
+        activations, "np", types.SimpleNamespace(tanh=lambda v, out: numpys.append(v))
+    )
+    monkeypatch.setattr(activations, "NUMPY", True)
+    tanh_ = ACTIVATIONS["tanh"].function_
+    for threads, elements, expected in ((1, 10**5, 1), (4, 10**5, 1), (16, 10**5, 0), (16, 99, 1)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        numpys.clear()
+        tanh_(torch.ones(elements))
+        assert len(numpys) == expected
 
 
 @every

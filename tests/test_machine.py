@@ -3,6 +3,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from pcdeq.experiments import machine
 
 PAGES = """
 import resource, torch
@@ -30,3 +33,23 @@ def test_freed_memory_is_not_fetched_from_the_system_again():
     before, after = map(int, run.stdout.split())
     assert before >= 8 * 32  # pages of 2 MiB at most
     assert after <= before / 2
+
+
+@pytest.mark.parametrize(
+    ("net", "asked", "expected"),
+    [("linear_pcdeq_1", None, 1), ("multi_conv_pcdeq_1", None, 3), ("linear_pcdeq_2", "3", 3)],
+)
+def test_a_linear_network_has_one_thread_unless_others_are_asked_for(
+    net, asked, expected, monkeypatch
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with machine.threads_for(net):
+            assert torch.get_num_threads() == expected
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -65,8 +65,15 @@ def textbook(f: Map, z: Tensor, tol: float, max_iter: int) -> tuple[Tensor, int,
 
 def mixed(f: Map, z: Tensor | None = None, solver=picard, **rule):
     low = f.to(torch.bfloat16)
-    solve = refine(f, Linearised(low, low.tangent), z, solver=solver, dtype=f.b.dtype, **rule)
-    return solve, low
+    return refine(at(f, low), z, solver=solver, dtype=f.b.dtype, **rule), low
+
+
+def at(f: Map, low: Map, tangent=None):
+    """Both precisions, as ``refine`` takes them."""
+    return {
+        f.b.dtype: Linearised(f, f.tangent),
+        low.b.dtype: Linearised(low, tangent or low.tangent),
+    }.get
 
 
 @pytest.mark.parametrize("tol", [1e-1, 1e-4, 1e-9])
@@ -319,9 +326,8 @@ def test_refinement_counts_evaluations_of_both_precisions():
         product = low.tangent(fz)
         return lambda v, r: tangents.append(v) or product(v, r)
 
-    solve = refine(
-        f, Linearised(low, tangent), None, solver=picard, dtype=torch.float32, tol=1e-4, max_iter=99
-    )
+    both = at(f, low, tangent)
+    solve = refine(both, None, solver=picard, dtype=torch.float32, tol=1e-4, max_iter=99)
     assert solve.full == f.calls
     assert solve.iterations == f.calls + low.calls + len(tangents)
     assert low.starts_at_none and tangents and all(v.dtype == torch.bfloat16 for v in tangents)
@@ -348,8 +354,8 @@ HARMFUL = {
 @pytest.mark.parametrize("harm", HARMFUL)
 def test_refinement_drops_a_correction_that_does_not_lower_the_residual(harm):
     f = slow(0.8, dtype=torch.float32)
-    low = Linearised(f.to(torch.bfloat16), lambda fz: HARMFUL[harm])
-    solve = refine(f, low, None, solver=picard, dtype=torch.float32, tol=1e-5, max_iter=10_000)
+    both = at(f, f.to(torch.bfloat16), lambda fz: HARMFUL[harm])
+    solve = refine(both, None, solver=picard, dtype=torch.float32, tol=1e-5, max_iter=10_000)
     assert solve.converged
     torch.testing.assert_close(solve.z.double(), f.solution(), rtol=1e-3, atol=0)
     assert f.least >= 0
@@ -359,9 +365,7 @@ def test_refinement_stops_where_the_map_is_not_finite():
     f = slow(0.8, dtype=torch.float32)
     low = f.to(torch.bfloat16)
     f.b[0, 0] = math.nan
-    solve = refine(
-        f, Linearised(low, low.tangent), None, solver=picard, dtype=f.b.dtype, tol=1e-4, max_iter=99
-    )
+    solve = refine(at(f, low), None, solver=picard, dtype=f.b.dtype, tol=1e-4, max_iter=99)
     assert math.isnan(solve.residual) and not solve.converged and solve.full == 1
 
 

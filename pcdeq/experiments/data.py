@@ -53,6 +53,7 @@ class ImageSet:
         like = self.images[:1].float()
         channels = torch.tensor([self.mean, self.std], device=like.device)[:, None, :, None, None]
         self._mean, self._std = (torch.ones_like(like).mul_(c) for c in channels)
+        self._plain = not any(self.mean) and set(self.std) == {1.0}  # pixels in [0, 1] stay so
 
     def __len__(self) -> int:
         return len(self.images)
@@ -69,12 +70,18 @@ class ImageSet:
         Returns:
             Images, float32 (B, C, H, W), and labels, int64 (B,).
         """
-        if isinstance(indices, Tensor):
-            indices = indices.to(self.images.device, non_blocking=True)
-        images = self.images[indices]
+        pixels = self.images.permute(0, 2, 3, 1)  # in the order of their memory
+        if isinstance(indices, slice):
+            pixels, labels = pixels[indices], self.labels[indices]
+        else:
+            indices = indices.to(pixels.device, non_blocking=True)
+            # Whole images are copied here, single pixels by self.images[indices].
+            pixels, labels = pixels.index_select(0, indices), self.labels.index_select(0, indices)
+        images = pixels.permute(0, 3, 1, 2)
         if self.augment:
             images = crop_and_flip(images, generator)
-        return images.float().div_(255).sub_(self._mean).div_(self._std), self.labels[indices]
+        images = images.float().div_(255)
+        return images if self._plain else images.sub_(self._mean).div_(self._std), labels
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -52,7 +52,11 @@ def train(config: RunConfig) -> RunResult:
     """
     machine.keep_freed_memory()
     run = Run(config)
-    with join(config.device) as processes, run.held() if processes.first else nullcontext():
+    with (
+        machine.threads_for(config.net),
+        join(config.device) as processes,
+        run.held() if processes.first else nullcontext(),
+    ):
         say = functools.partial(print, flush=True) if processes.first else lambda text: None
         checkpoint = processes.tell(run.load() if processes.first else None)
         result = RunResult(run.folder, checkpoint["training"]["rows"] if checkpoint else [])
