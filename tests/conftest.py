@@ -1,4 +1,4 @@
-"""What all tests share: every test starts from one seed, and waiting threads leave the cores."""
+"""What all tests share: one seed, one number of threads, and threads that wait leave the cores."""
 
 import os
 
@@ -8,6 +8,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+
+# The threads decide the last bits of a sum: what runs here and in processes can be compared.
+os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 
 @pytest.fixture(autouse=True)

@@ -19,10 +19,7 @@ FLAGS = ["-net", "linear_pcdeq_1", "--sample", "--device", "cpu", "-m", "8"]
 
 
 def start(*command: object, **variables: object) -> subprocess.Popen:
-    """Starts Python on a command line, with these variables, and with as many threads as here.
-
-    The threads decide the last bits of a sum: what runs here and what runs there can be compared.
-    """
+    """Starts Python on a command line, with these variables."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     more = {name: str(value) for name, value in variables.items()}
     return subprocess.Popen(
@@ -30,12 +27,7 @@ def start(*command: object, **variables: object) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": str(torch.get_num_threads()),
-            "PYTHONPATH": path,
-            **more,
-        },
+        env=os.environ | {"PYTHONPATH": path} | more,
     )
 
 
