@@ -241,11 +241,20 @@ def check_network(name: str, activation: str, dataset: str, augment: bool = Fals
             f"{name} does not allow the activation {activation!r}: "
             f"choose from {', '.join(allowed(variant_of(name)))}"
         )
-    if dataset not in DATASETS:
-        raise ValueError(f"unknown data set {dataset!r}: choose from {', '.join(DATASETS)}")
+    check_dataset(dataset)
     if name.startswith("linear") and dataset != "mnist":
         raise ValueError(f"{name} is for mnist only: choose a conv network for {dataset}")
     if augment and not (name.startswith("multi_conv") and dataset == "cifar"):
         raise ValueError(
             f"augmentation is for the multi_conv networks on cifar, not for {name} on {dataset}"
         )
+
+
+def check_dataset(name: str) -> None:
+    """Refuses what is not one of the paper's data sets.
+
+    Raises:
+        ValueError: the sentence says which there are.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")

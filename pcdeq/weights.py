@@ -60,7 +60,9 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     except CheckpointError:
         raise
     except zipfile.BadZipFile as error:
-        raise CheckpointError(f"{path} is no checkpoint, or is damaged") from error
+        raise CheckpointError(
+            f"{path} is no checkpoint as torch saves them since 1.6, or is damaged"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged or foreign archive can fail anywhere in the readers

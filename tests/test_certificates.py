@@ -67,6 +67,15 @@ def test_any_solver_is_certified(solver, precision):
     assert c.error.max() < (0.05 if precision == "bf16" else 1e-3)
 
 
+def test_what_is_predicted_is_for_the_tolerance_that_the_precision_has():
+    model = copy.deepcopy(trained("linear_pcdeq_2", "sigmoid"))
+    x = digits()[2][:20]
+    full = certify(model, x)[0].predicted
+    model.block.deq.precision = "bf16"
+    assert (certify(model, x)[0].predicted < full).all()
+    assert history(model, x, steps=3)[0].tol == 2**-8
+
+
 def test_modes_and_training_are_left_as_they_were():
     model = build_network("linear_pcdeq_1", "tanh")
     model.train()

@@ -150,3 +150,10 @@ def test_a_network_of_other_classes_asks_for_its_folder(monkeypatch):
     monkeypatch.setattr(data, "load", lambda *a, **k: pytest.fail("data was read"))
     with pytest.raises(DataError, match=r"3 classes, not for mnist's ten: .* --image-folder"):
         data.test_set(network, sample=True)
+
+
+def test_an_unknown_data_set_is_refused_with_the_list():
+    with pytest.raises(
+        ValueError, match="unknown data set 'cifar10': choose from mnist, svhn, cifar"
+    ):
+        load("cifar10", sample=True)

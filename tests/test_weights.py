@@ -287,7 +287,7 @@ def test_no_file_and_no_directory(tmp_path):
 def test_files_that_are_no_archive(content, tmp_path):
     path = tmp_path / "file.pth"
     path.write_bytes(content)
-    assert "is no checkpoint, or is damaged" in refusal(path)
+    assert "is no checkpoint as torch saves them since 1.6, or is damaged" in refusal(path)
 
 
 def test_an_archive_of_something_else(tmp_path):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcdeq.experiments.errors import DataError
-from pcdeq.networks import DATASETS, Network
+from pcdeq.networks import DATASETS, Network, check_dataset
 
 NORMALISATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # mean, std per channel
     "mnist": ((0.0,), (1.0,)),
@@ -133,9 +133,11 @@ def load(
         Training set, test set, number of classes.
 
     Raises:
+        ValueError: there is no such data set.
         DataError: files are absent, damaged, or not what the data set needs.
     """
     # Readers are imported late: torchvision takes longer than reading the sample.
+    check_dataset(dataset)
     shape = DATASETS[dataset]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of numpy and PIL about how torchvision calls them
