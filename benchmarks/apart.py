@@ -27,10 +27,10 @@ from pcdeq.experiments import data, machine
 def alone(**arguments) -> dict:
     """Runs ``peak_memory`` or ``epoch`` in a process of its own and returns its figures."""
     command = [sys.executable, __file__, json.dumps(arguments)]
-    # glibc then returns every tensor as it is freed: memory is what lives, not what is kept.
-    kept = {"MALLOC_MMAP_THRESHOLD_": str(2**16)} if "row" in arguments else {}
+    # Every tensor then goes back to the system as it is freed: the peak is of what lives.
+    glibc = {"MALLOC_MMAP_THRESHOLD_": str(2**16)} if "row" in arguments else {}
     done = subprocess.run(
-        command, check=True, capture_output=True, text=True, env=os.environ | kept
+        command, check=True, capture_output=True, text=True, env=os.environ | glibc
     )
     return json.loads(done.stdout)
 

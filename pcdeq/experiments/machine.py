@@ -1,4 +1,4 @@
-"""The machine a run is on: what must stand beside its numbers to place them, and its memory."""
+"""The machine a run is on: what must stand beside its numbers to place them; memory, threads."""
 
 from __future__ import annotations
 
@@ -61,6 +61,9 @@ def keep_freed_memory() -> None:
             mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h; in bytes
+
+
 @contextlib.contextmanager
 def threads_for(net: str) -> Iterator[None]:
     """One thread for a linear network, unless ``OMP_NUM_THREADS`` is set; else as torch has it.
@@ -75,9 +78,6 @@ def threads_for(net: str) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h; in bytes
 
 
 def processor() -> str:
