@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from pcdeq import Network, project
 from pcdeq.experiments import data, machine
+from pcdeq.experiments.flags import count
 
 BARE = "bare kernels"
 
@@ -175,9 +176,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", default="*", help="pattern of names, epoch and memory among them")
-    parser.add_argument("--rounds", type=int, help="rounds (default: 7 to 300, by the row)")
+    parser.add_argument("--rounds", type=count, help="rounds (default: 7 to 300, by the row)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    names = [*(row.name for row in ROWS), "epoch", "memory"]
+    if not fnmatch.filter(names, args.rows):
+        parser.error(f"no row matches {args.rows!r}: {', '.join(names)}")
     where = machine.environment(torch.device("cpu"))
     print(
         f"{where['processor']}, {amx()}, {where['threads']} threads, "

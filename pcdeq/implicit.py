@@ -112,7 +112,7 @@ class Equilibrium(nn.Module):
         z_star = _AtEquilibrium.apply(z, x, weight, self)
         # The hook holds z, not z_star: a hook that holds its own tensor is a reference cycle.
         z_star.register_hook(functools.partial(self._solve_adjoint, z, weight.detach()))
-        return z_star
+        return z_star.view_as(z_star)  # whose gradient, where someone looks at it, is ∂L/∂z*
 
     def _solve_forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """z = σ(Wz + x), from z = 0."""
@@ -245,7 +245,14 @@ class PcDEQLinear(PcDEQ):
         super().__init__(NonnegativeLinear(features), activation, **options)
 
     def forward(self, h: Tensor) -> Tensor:
-        """z* of the shape of h; the axes before the last one are one batch to the stopping rule."""
+        """z* of the shape of h; the axes before the last one are one batch to the stopping rule.
+
+        Raises:
+            ValueError: the last axis is not as long as the layer is wide.
+        """
+        features = len(self.deq.f.W.weight_v)
+        if h.ndim == 0 or h.shape[-1] != features:
+            raise ValueError(f"vectors must be of shape (…, {features}), not {(*h.shape,)}")
         if h.ndim == 2:
             return super().forward(h)
         return super().forward(h.reshape(-1, h.shape[-1])).view(h.shape)
@@ -267,10 +274,11 @@ class PcDEQConv2d(PcDEQ):
         """z* of the shape of h, in channels_last.
 
         Raises:
-            ValueError: h is no batch of images.
+            ValueError: h is no batch of images with so many channels.
         """
-        if h.ndim != 4:
-            raise ValueError(f"images must be of shape (B, channels, H, W), not {(*h.shape,)}")
+        channels = len(self.deq.f.W.weight_v)
+        if h.ndim != 4 or h.shape[1] != channels:
+            raise ValueError(f"images must be of shape (B, {channels}, H, W), not {(*h.shape,)}")
         return super().forward(h.contiguous(memory_format=torch.channels_last))
 
 

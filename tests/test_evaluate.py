@@ -13,7 +13,7 @@ import torch
 from truth import digits, trained
 
 from pcdeq import certify, robust
-from pcdeq.experiments import data, runs, training
+from pcdeq.experiments import data, gallery, report, runs, training
 from pcdeq.experiments.certifying import (
     boxes,
     certify_set,
@@ -22,6 +22,7 @@ from pcdeq.experiments.certifying import (
     robust_accuracy,
 )
 from pcdeq.experiments.cli import guarded
+from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.evaluation import evaluate
 from pcdeq.experiments.report import main
 from pcdeq.weights import describe
@@ -42,6 +43,23 @@ def checkpoints(tmp_path_factory):
     torch.save(model.state_dict(), folder / "authors.pth")
     (folder / "cut.pth").write_bytes((folder / "best.pth").read_bytes()[:5000])
     return folder
+
+
+@pytest.mark.parametrize("program", ["evaluate", "plot"])
+def test_a_linear_network_has_one_thread_here_too(checkpoints, program, monkeypatch, tmp_path):
+    threads = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    module, name = {"evaluate": (report, "evaluate"), "plot": (gallery, "history")}[program]
+
+    def stop(*_):
+        threads.append(torch.get_num_threads())
+        raise RunError("enough")
+
+    monkeypatch.setattr(module, name, stop)
+    plot = ["-o", str(tmp_path)] * (program == "plot")
+    with pytest.raises(RunError):
+        module.main([str(checkpoints / "best.pth"), "--sample", *plot])
+    assert threads == [1]
 
 
 def run(capsys, *argv) -> tuple[int, str, str]:
@@ -151,6 +169,8 @@ def test_negative_weights_are_warned_of(checkpoints, capsys, tmp_path):
     torch.save({**describe(model), "model": model.state_dict()}, tmp_path / "best.pth")
     _, out, _ = run(capsys, tmp_path / "best.pth", "--sample", "--first", 50)
     assert "warning: 2 weights of block are negative" in out
+    gallery.main([str(tmp_path / "best.pth"), "--sample", "-o", str(tmp_path / "figures")])
+    assert "warning: 2 weights of block are negative" in capsys.readouterr().out
 
 
 def test_a_plain_state_dict_needs_to_be_told(checkpoints, capsys):

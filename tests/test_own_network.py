@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_complex_inputs_are_refused(kind):
 
 
 def test_an_image_without_a_batch_is_refused():
-    with pytest.raises(ValueError, match=r"\(B, channels, H, W\), not \(3, 5, 5\)"):
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\), not \(3, 5, 5\)"):
         PcDEQConv2d(3)(torch.rand(3, 5, 5))
 
 
@@ -182,6 +183,35 @@ def test_second_derivatives_are_refused(kind, of):
     before = block.deq.f.W.weight_v if of == "weight" else h
     with pytest.raises(RuntimeError, match="differentiable once: create_graph=True is not"):
         torch.autograd.grad(block(h).square().sum(), before, create_graph=True)
+
+
+@both
+def test_the_gradient_of_the_output_is_that_of_what_follows(kind):
+    """The adjoint solution is for the block's inside: a probe at its output sees ∂L/∂z*."""
+    block = make(kind)
+    h, probe = signal(kind).requires_grad_(), torch.rand(SHAPES[kind])
+    z = block(h)
+    z.retain_grad()
+    (z * probe).sum().backward(retain_graph=True)
+    assert torch.equal(z.grad, probe)
+    assert torch.equal(torch.autograd.grad((z * probe).sum(), z)[0], probe)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_traced_block_computes():
+    block = make("linear", "tanh").eval()
+    h = signal("linear")
+    with torch.no_grad():
+        traced = torch.jit.trace(block, h, check_trace=False)
+        torch.testing.assert_close(traced(h), block(h))
+
+
+@pytest.mark.parametrize(
+    "kind, shape", [("linear", ()), ("linear", (3, 7)), ("conv", (2, 7, 6, 6))]
+)
+def test_a_width_that_does_not_fit_is_a_sentence(kind, shape):
+    with pytest.raises(ValueError, match=rf"must be of shape \(.*, not {re.escape(str(shape))}"):
+        make(kind)(torch.rand(shape))
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5)])

@@ -375,3 +375,24 @@ def test_memory_does_not_grow_with_the_steps():
     finally:
         gc.enable()
     assert counts[2] <= counts[1]
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path, digits):
+    train(config_of(tmp_path / "run", epochs=1))
+    state = torch.load(tmp_path / "run" / "last.pth", weights_only=True)["training"]
+    digits["train"] -= 1
+    with pytest.raises(CheckpointError, match="comes from other training images"):
+        train(config_of(tmp_path / "run", epochs=2, resume=True))
+    digits["train"] += 1
+    train(config_of(tmp_path / "run", epochs=2, resume=True))
+    assert isinstance(state["images"], int)
+
+
+def test_the_checksum_sees_order_and_labels():
+    images, _, _ = data.load("mnist", sample=True)
+    few = data.ImageSet(images.images[:4], images.labels[:4], (0.0,), (1.0,))
+    order = torch.tensor([1, 0, 2, 3])
+    swapped = replace(few, images=few.images[order], labels=few.labels[order])
+    other = replace(few, labels=few.labels + 1)
+    assert len({few.checksum, swapped.checksum, other.checksum}) == 3
+    assert replace(few).checksum == few.checksum

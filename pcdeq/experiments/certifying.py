@@ -23,6 +23,13 @@ ATTACK_STEPS = 40
 SHOWN = 3  # reasons, where a block's certificate does not hold
 
 
+def warn_of_negative_weights(model: Network) -> None:
+    """A printed line for each block whose W is not nonnegative."""
+    for name, block in model.named_children():
+        if block in model.blocks and (negative := int((block.deq.f.W.weight() < 0).sum())):
+            print(f"warning: {negative:,} weights of {name} are negative: no theorem holds for it")
+
+
 def certify_set(
     model: Network,
     images: ImageSet,
@@ -106,7 +113,7 @@ def format_certificates(summaries: Sequence[dict[str, Any]]) -> str:
     ]
     for s in summaries:
         low, high = s["rate_median"]
-        median = f"{_number(low, '.3f')}–{_number(high, '.3f')}"
+        median = "–" if high is None else f"{_number(low, '.3f')}–{high:.3f}"
         lines.append(
             f"  {s['block']:<8}  {'yes' if s['holds'] else 'NO':<5}  {median:>13}  "
             f"{_number(s['rate_worst'], '.3f'):>6}  {_number(s['width'], '.1e'):>8}  "

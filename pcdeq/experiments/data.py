@@ -9,7 +9,9 @@ Where the images come from: the genuine sets (downloaded when absent, every file
 md5 sum before it is read), anyone's folders of images, or 5,000 digits that the package ships.
 """
 
+import functools
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +59,13 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @functools.cached_property
+    def checksum(self) -> int:
+        """CRC-32 of pixels and labels: another one for other images, or another order."""
+        pixels = self.images.permute(0, 2, 3, 1)  # in the order of their memory, as a rule
+        pixels, labels = (t.cpu().contiguous().numpy() for t in (pixels, self.labels))
+        return zlib.crc32(labels, zlib.crc32(pixels))
 
     def batch(
         self, indices: slice | Tensor, generator: torch.Generator | None = None

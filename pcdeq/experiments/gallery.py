@@ -8,7 +8,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pcdeq.certificates import history
-from pcdeq.experiments.certifying import robust_accuracy
+from pcdeq.experiments import machine
+from pcdeq.experiments.certifying import robust_accuracy, warn_of_negative_weights
 from pcdeq.experiments.data import test_set
 from pcdeq.experiments.figures import (
     convergence_figure,
@@ -28,6 +29,7 @@ from pcdeq.experiments.flags import (
     positive,
     program,
 )
+from pcdeq.networks import Network
 from pcdeq.weights import load_network
 
 BATCH = 100  # images whose convergence is shown
@@ -58,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoints = distinct((run for run in flags.runs if run not in folders), _name)
     made = run_figures(folders, flags.out) if folders else []
     for name, path in checkpoints.items():
-        made += _of_checkpoint(path, name, flags)
+        model = load_network(path, *identity(flags))
+        with machine.threads_for(model.name):
+            made += _of_checkpoint(model, name, flags)
     print(*made, sep="\n")
 
 
@@ -68,8 +72,8 @@ def _name(path: Path) -> str:
     return path.stem if named else f"{path.resolve().parent.name}_{path.stem}"
 
 
-def _of_checkpoint(path: Path, name: str, flags: argparse.Namespace) -> list[Path]:
-    model = load_network(path, *identity(flags))
+def _of_checkpoint(model: Network, name: str, flags: argparse.Namespace) -> list[Path]:
+    warn_of_negative_weights(model)
     images = test_set(model, **data_source(flags))
     batch, _ = images.batch(slice(BATCH))
     made = [convergence_figure(history(model, batch), flags.out / f"{name}_convergence")]

@@ -23,6 +23,7 @@ from pcdeq.experiments.flags import (
     positive,
     program,
 )
+from pcdeq.networks import Network
 from pcdeq.weights import load_network
 
 EXAMPLES = """\
@@ -51,6 +52,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         images = replace(
             images, images=images.images[: flags.first], labels=images.labels[: flags.first]
         )
+    with machine.threads_for(model.name):
+        _report(model, images, flags)
+
+
+def _report(model: Network, images: data.ImageSet, flags: argparse.Namespace) -> None:
     tolerance = model.blocks[0].deq.tolerance(torch.float32)
     where = machine.environment(torch.device(flags.device))
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -59,9 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"on {where['device_name']}, {where['threads']} thread(s); "
         f"{flags.solver}, {flags.precision}, tolerance {tolerance:g}"
     )
-    for name, block in model.named_children():
-        if block in model.blocks and (negative := int((block.deq.f.W.weight() < 0).sum())):
-            print(f"warning: {negative:,} weights of {name} are negative: no theorem holds for it")
+    certifying.warn_of_negative_weights(model)
     origin = " (the sample: from MNIST's training set)" * flags.sample
     test = evaluate(model, images, flags.batch_size)
     print(

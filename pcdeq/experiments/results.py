@@ -100,7 +100,7 @@ def _read(path: Path) -> Result:
     except (ValueError, TypeError):
         result = None
     if result is None or not _is_whole(result):
-        raise RunError(f"{path} is not a result file as reproduce.py writes it")
+        raise RunError(f"{path} is not a result file as reproduce.py writes it: move it away")
     if result.row not in RECIPES:
         raise RunError(f"{path} names the row {result.row!r}, which the paper does not have")
     if result.name != path.stem:

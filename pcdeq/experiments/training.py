@@ -163,6 +163,7 @@ def _checkpoint(trainer: Trainer, rows: list[dict[str, Any]]) -> dict[str, Any]:
             "rows": rows,
             "optimizer": trainer.optimizer.state_dict(),
             "flags": trainer.config.identity(),
+            "images": trainer.images.checksum,
         },
     }
 
@@ -172,6 +173,11 @@ def _restore(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> None:
     for name, mine in describe(trainer.network).items():
         if checkpoint.get(name) != mine:
             raise CheckpointError(f"{path}: its {name} is {checkpoint.get(name)}, not {mine}")
+    if checkpoint["training"].get("images", trainer.images.checksum) != trainer.images.checksum:
+        raise CheckpointError(
+            f"{path} comes from other training images, or from another order of them: go on with "
+            "the same, or begin a new run with another --out"
+        )
     try:
         trainer.network.load_state_dict(checkpoint["model"])
         trainer.optimizer.load_state_dict(checkpoint["training"]["optimizer"])
