@@ -38,9 +38,12 @@ def test_a_plain_state_dict_is_drawn_when_its_network_is_named(tmp_path):
     assert (tmp_path / "authors_convergence.png").exists()
 
 
-def test_a_missing_checkpoint_is_named(tmp_path):
+def test_a_missing_checkpoint_is_named_before_anything_is_drawn(tmp_path):
+    made_up_run(tmp_path / "run", LINEAR)
+    paths = [str(tmp_path / "run"), str(tmp_path / "nothing.pth")]
     with pytest.raises(CheckpointError, match="nothing"):
-        main([str(tmp_path / "nothing.pth"), "-o", str(tmp_path)])
+        main([*paths, "-o", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_checkpoints_of_one_name_are_not_drawn_over_each_other(tmp_path):
