@@ -144,7 +144,7 @@ def _certify_block(name: str, block: PcDEQ, x: Tensor, z: Tensor, rate_steps: in
         high = torch.maximum(enclosure.upper, z_sound)
         rate_lower[sound], rate_upper[sound] = rate_bounds(operator, x_sound, low, high, rate_steps)
         predicted[sound] = predicted_iterations(
-            operator, enclosure.ladder, enclosure.upper, _tolerance(block)
+            operator, enclosure.ladder, enclosure.upper, block.deq.tolerance
         )
     slow = int((sound & ~(rate_upper < 1)).sum())
     if slow:
@@ -259,11 +259,7 @@ def _history(name: str, block: PcDEQ, x: Tensor, rate: float, steps: int) -> His
         new = block.deq.f.W.apply(slope * g, transposed) + 1
         backward.append(_residual(new, g))
         g = new
-    return History(name, forward, backward, width, rate, _tolerance(block))
-
-
-def _tolerance(block: PcDEQ) -> float:
-    return block.deq.tolerance(block.deq.f.W.weight_v.dtype)
+    return History(name, forward, backward, width, rate, block.deq.tolerance)
 
 
 def _residual(new: Tensor, old: Tensor) -> float:

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from pcdeq.activations import Activation, get_activation
 from pcdeq.injections import INJECTIONS
 from pcdeq.layers import ConcaveLayer, Nonnegative, NonnegativeConv2d, NonnegativeLinear
-from pcdeq.solvers import BF16_TOL, SOLVERS, Linearised, Solve, refine
+from pcdeq.solvers import BF16_TOL, LOW, SOLVERS, Linearised, Solve, refine
 
 PRECISIONS = ("fp32", "mixed", "bf16")
 
@@ -82,19 +82,25 @@ class Equilibrium(nn.Module):
         """Jacobian products in the last adjoint solve (0 before the first)."""
         return self.backward_solve.iterations if self.backward_solve else 0
 
-    def low_precision(self, dtype: torch.dtype) -> bool:
-        """Whether solves of a layer in ``dtype`` use bfloat16."""
-        return self.precision != "fp32" and dtype == torch.float32
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the layer's parameters, and of z*."""
+        return self.f.W.weight_v.dtype
 
-    def gradient_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """What the gradient of W is computed in, for a layer in ``dtype``."""
-        low = self.precision == "bf16" and dtype == torch.float32
-        return torch.bfloat16 if low else dtype
+    @property
+    def low_precision(self) -> bool:
+        """Whether solves use bfloat16."""
+        return self.precision != "fp32" and self.dtype == torch.float32
 
-    def tolerance(self, dtype: torch.dtype) -> float:
-        """Where the stopping rule ends the solves of a layer in ``dtype``."""
-        low = self.gradient_dtype(dtype) == torch.bfloat16
-        return max(self.tol, BF16_TOL) if low else self.tol
+    @property
+    def only_low(self) -> bool:
+        """Whether they, the gradient of W and the convolutions in between use nothing else."""
+        return self.precision == "bf16" and self.low_precision
+
+    @property
+    def tolerance(self) -> float:
+        """Where the stopping rule ends a solve."""
+        return max(self.tol, BF16_TOL) if self.only_low else self.tol
 
     def extra_repr(self) -> str:
         return (
@@ -127,7 +133,7 @@ class Equilibrium(nn.Module):
 
             return Linearised(self.f.at(b, W), tangent)
 
-        z, self.forward_solve = self._solve(iteration, None, x.dtype, nonnegative=True)
+        z, self.forward_solve = self._solve(iteration, None, nonnegative=True)
         return z
 
     def _solve_adjoint(self, z: Tensor, weight: Tensor, grad: Tensor | None) -> Tensor | None:
@@ -148,20 +154,20 @@ class Equilibrium(nn.Module):
 
         with torch.no_grad(), _no_autocast(z):
             transposed = self.f.W.transpose(weight)
-            g, self.backward_solve = self._solve(iteration, grad, z.dtype, nonnegative=False)
+            g, self.backward_solve = self._solve(iteration, grad, nonnegative=False)
         return g
 
-    def _solve(self, iteration, start, dtype: torch.dtype, *, nonnegative: bool):
+    def _solve(self, iteration, start, *, nonnegative: bool):
         """One solve in the precision asked for: the solution in ``dtype``, and its figures."""
-        solver = SOLVERS[self.solver]
-        rule = {"tol": self.tolerance(dtype), "max_iter": self.max_iter, "nonnegative": nonnegative}
-        if not self.low_precision(dtype):
+        solver, dtype = SOLVERS[self.solver], self.dtype
+        rule = {"tol": self.tolerance, "max_iter": self.max_iter, "nonnegative": nonnegative}
+        if not self.low_precision:
             solve = solver(iteration(dtype).f, start, **rule)
-        elif self.precision == "mixed":
+        elif not self.only_low:
             solve = refine(iteration, start, solver=solver, dtype=dtype, **rule)
         else:
-            start = None if start is None else start.bfloat16()
-            solve = solver(iteration(torch.bfloat16).f, start, **rule)._replace(full=0)
+            start = None if start is None else start.to(LOW)
+            solve = solver(iteration(LOW).f, start, **rule)._replace(full=0)
         return solve.z.to(dtype), solve._replace(z=None)
 
 
@@ -185,7 +191,7 @@ class _AtEquilibrium(torch.autograd.Function):
         y = equilibrium.f.activation.derivative(z).mul_(g)
         if not ctx.needs_input_grad[2]:
             return None, y, None, None
-        dtype = equilibrium.gradient_dtype(z.dtype)
+        dtype = LOW if equilibrium.only_low else z.dtype
         with _no_autocast(z):
             dW = equilibrium.f.W.weight_gradient(z.to(dtype), y.to(dtype)).to(z.dtype)
         return None, y, dW, None
@@ -229,7 +235,7 @@ class PcDEQ(nn.Module):
         """
         if h.is_complex():
             raise TypeError("a pcDEQ layer is for real inputs: σ is concave on [0, ∞)")
-        return self.deq(self.inject(h.to(self.deq.f.W.weight_v.dtype)))
+        return self.deq(self.inject(h.to(self.deq.dtype)))
 
 
 class PcDEQLinear(PcDEQ):

@@ -69,7 +69,7 @@ class Network(nn.Sequential):
     def forward(self, images: Tensor) -> Tensor:
         """Logits, shape (B, classes), of images of shape (B, C, H, W) in the parameters' dtype."""
         *features, classifier = self
-        low = self.blocks[0].deq.gradient_dtype(classifier.weight.dtype) == torch.bfloat16
+        low = self.blocks[0].deq.only_low
         h = images
         # With precision "bf16" convolutions and the first linear layer run in bfloat16 as well.
         with torch.autocast(h.device.type, torch.bfloat16) if low else nullcontext():

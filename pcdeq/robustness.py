@@ -171,7 +171,7 @@ def _(layer: PcDEQ, box: Box) -> Box:
     lower, upper = layer.inject(lower), layer.inject(upper)
     if operator.sigma.variant == 1:
         # The stored layer, in its own dtype, lets no x fall below the least positive number.
-        least = smallest_positive(layer.deq.f.W.weight_v.dtype, lower.device.type)
+        least = smallest_positive(layer.deq.dtype, lower.device.type)
         lower = (lower * (1 - INJECTION_ERROR)).clamp_(min=least)
         upper = (upper * (1 + INJECTION_ERROR)).clamp_(min=least)
     # Vectors are cheap enough to be enclosed to the last digits.

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 EPSILON = 1e-5  # in the denominator of the residual, so that z* = 0 is no special case
-LOW = torch.bfloat16
+LOW = torch.bfloat16  # the low precision
 BF16_TOL = 2.0**-8  # the unit roundoff of bfloat16: the least residual that it can be asked for
 
 # Reading a residual stops a GPU until it is idle, so there several evaluations are queued first.

@@ -63,7 +63,7 @@ def test_in_place_on_images_is_as_exact(activation, side, numpy, monkeypatch):
     torch.testing.assert_close(v.double(), truth, rtol=3 * 2.0**-24, atol=2e-45)
     plain = activation.function_(s.clone(memory_format=torch.contiguous_format))
     torch.testing.assert_close(plain, v, rtol=3 * 2.0**-24, atol=0)
-    assert activation.function_(torch.full((12 * side,), torch.nan)).isnan().all()
+    assert activation.function_(torch.full_like(s, torch.nan)).isnan().all()
 
 
 def test_many_threads_share_a_large_tanh(monkeypatch):

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _report(model: Network, images: data.ImageSet, flags: argparse.Namespace) -> None:
-    tolerance = model.blocks[0].deq.tolerance(torch.float32)
+    tolerance = model.blocks[0].deq.tolerance
     where = machine.environment(torch.device(flags.device))
     size = sum(parameter.numel() for parameter in model.parameters())
     print(
