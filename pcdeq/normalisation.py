@@ -17,6 +17,11 @@ from torch import Tensor, nn
 VECTOR = 8  # channels that torch's kernels take at once, at least
 MANY = 100  # channels from which on scalar steps at the end of each pixel no longer matter
 PIXELS = 64  # in a row, at most: long rows, and still many of them
+DTYPES = (  # of images and parameters
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.bfloat16, torch.float32),  # under autocast
+)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -26,27 +31,30 @@ class BatchNorm2d(nn.BatchNorm2d):
         """Normalised h, of its shape (B, channels, H, W) and dtype."""
         if not self._is_faster(h):
             return super().forward(h)
-        y, mean, variance = _Normalise.apply(h, self.weight, self.bias, self.eps)
+        # Images in bfloat16 are normalised in float32, as torch does.
+        full = h.to(self.weight.dtype)
+        y, mean, variance = _Normalise.apply(full, self.weight, self.bias, self.eps)
         values = h.numel() // h.shape[1]
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (values / (values - 1)), self.momentum)
-        return y
+        return y.to(h.dtype)
 
     def _is_faster(self, h: Tensor) -> bool:
         state = (self.weight, self.bias, self.running_mean, self.running_var)
         return (
             self.training
             and h.device.type == "cpu"
-            and h.dtype in (torch.float32, torch.float64)
+            and self.weight is not None
+            and (h.dtype, self.weight.dtype) in DTYPES
             and h.ndim == 4
             and h.shape[1] == self.num_features < MANY
             and h.shape[1] % VECTOR > 0
             and h.numel() > h.shape[1]  # torch has the error for one value a channel
             and h.is_contiguous(memory_format=torch.channels_last)
             and None not in (self.momentum, self.num_batches_tracked)
-            and all(t is not None and t.dtype == h.dtype for t in state)
+            and all(t is not None and t.dtype == self.weight.dtype for t in state)
             and not torch.compiler.is_compiling()
         )
 

@@ -72,6 +72,7 @@ def test_many_threads_share_a_large_tanh(monkeypatch):
         activations, "np", types.SimpleNamespace(tanh=lambda v, out: numpys.append(v))
     )
     monkeypatch.setattr(activations, "NUMPY", True)
+    monkeypatch.setattr(activations, "FEW", 4)
     tanh_ = ACTIVATIONS["tanh"].function_
     for threads, elements, expected in ((1, 10**5, 1), (4, 10**5, 1), (16, 10**5, 0), (16, 99, 1)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)

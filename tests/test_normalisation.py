@@ -89,7 +89,7 @@ def test_float32_is_as_close_to_the_truth_as_torch():
     "change",
     [
         lambda x: x.contiguous(),  # another layout
-        lambda x: x.bfloat16(),  # under autocast
+        lambda x: x.half(),
         lambda x: x[:, :, ::2],  # a view with gaps
         lambda x: x[:, :, :, :1],
     ],
@@ -99,6 +99,25 @@ def test_what_it_does_not_speed_up_is_left_to_torch(change):
     x = change(images(12, torch.float32))
     assert torch.equal(ours(x), theirs(x))
     assert torch.equal(ours.running_var, theirs.running_var)
+
+
+@pytest.mark.parametrize("channels", [12, 82])
+def test_bfloat16_under_autocast_is_torch_s_to_its_rounding(channels):
+    ours, theirs = pair(channels, torch.float32)
+    x = images(channels, torch.float32, batch=16).bfloat16()
+    g = torch.randn_like(x)
+    results = []
+    for layer in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(leaf)
+        grads = torch.autograd.grad(y, (leaf, layer.weight, layer.bias), g)
+        results.append((y, *grads, layer.running_mean, layer.running_var))
+    for mine, reference in zip(*results, strict=True):
+        assert mine.dtype == reference.dtype
+        rounding = 2.0**-7 if mine.dtype == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(mine, reference, rtol=rounding, atol=rounding)
+    assert not torch.equal(results[0][4], torch.zeros(channels))
 
 
 def test_evaluation_is_torch_s_own():
