@@ -22,7 +22,6 @@ except ImportError:  # torch works without it
     np = None
 
 
-
 def _is_amd() -> bool:
     """Whether Linux names AMD as the maker of the processor."""
     try:
