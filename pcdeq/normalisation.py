@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 VECTOR = 8  # channels that torch's kernels take at once, at least
-MANY = 100  # channels from which on scalar steps at the end of each pixel no longer matter
+MANY = {  # dtypes of images and parameters → channels from which on scalar steps no longer matter
+    (torch.float32, torch.float32): 100,
+    (torch.float64, torch.float64): 100,
+    (torch.bfloat16, torch.float32): 32,  # under autocast; two more conversions for us
+}
 PIXELS = 64  # in a row, at most: long rows, and still many of them
-DTYPES = (  # of images and parameters
-    (torch.float32, torch.float32),
-    (torch.float64, torch.float64),
-    (torch.bfloat16, torch.float32),  # under autocast
-)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -47,9 +46,8 @@ class BatchNorm2d(nn.BatchNorm2d):
             self.training
             and h.device.type == "cpu"
             and self.weight is not None
-            and (h.dtype, self.weight.dtype) in DTYPES
             and h.ndim == 4
-            and h.shape[1] == self.num_features < MANY
+            and h.shape[1] == self.num_features < MANY.get((h.dtype, self.weight.dtype), 0)
             and h.shape[1] % VECTOR > 0
             and h.numel() > h.shape[1]  # torch has the error for one value a channel
             and h.is_contiguous(memory_format=torch.channels_last)

@@ -101,7 +101,7 @@ def test_what_it_does_not_speed_up_is_left_to_torch(change):
     assert torch.equal(ours.running_var, theirs.running_var)
 
 
-@pytest.mark.parametrize("channels", [12, 82])
+@pytest.mark.parametrize("channels", [12, 20])
 def test_bfloat16_under_autocast_is_torch_s_to_its_rounding(channels):
     ours, theirs = pair(channels, torch.float32)
     x = images(channels, torch.float32, batch=16).bfloat16()
