@@ -25,7 +25,8 @@ except ImportError:  # torch works without it
 def _is_amd() -> bool:
     """Whether Linux names AMD as the maker of the processor."""
     try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()[:200]
+        with Path("/proc/cpuinfo").open() as processors:
+            return "AuthenticAMD" in processors.read(200)  # the first of maybe hundreds
     except OSError:  # another system
         return False
 
@@ -34,7 +35,7 @@ def _is_amd() -> bool:
 # Measured on a Zen 4 and on an Intel with AMX, with one and two threads.
 NUMPY = np is not None and "AVX" in torch.backends.cpu.get_cpu_capability()
 LARGE = 2**16  # elements, from where on torch's threads make up for it
-FEW = 4 if _is_amd() else 0  # threads that do not
+FEW = 4 if _is_amd() else 0  # threads, up to which they do not
 
 
 @dataclass(frozen=True)

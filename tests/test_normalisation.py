@@ -118,6 +118,14 @@ def test_bfloat16_under_autocast_is_torch_s_to_its_rounding(channels):
         rounding = 2.0**-7 if mine.dtype == torch.bfloat16 else 1e-4
         torch.testing.assert_close(mine, reference, rtol=rounding, atol=rounding)
     assert not torch.equal(results[0][4], torch.zeros(channels))
+    assert ours._is_faster(x.contiguous(memory_format=torch.channels_last))
+
+
+def test_bfloat16_with_more_channels_is_left_to_torch():
+    ours, theirs = pair(50, torch.float32)
+    x = images(50, torch.float32).bfloat16()
+    assert torch.equal(ours(x), theirs(x))
+    assert torch.equal(ours.running_var, theirs.running_var)
 
 
 def test_evaluation_is_torch_s_own():
