@@ -4,17 +4,19 @@ Each σ is nondecreasing, bounded and concave on [0, ∞), which makes z ↦ σ(
 positive concave mapping (Gabor, Piotrowski, Cavalcante, ICML 2024). Where σ(0) = 0 the
 input x must be strictly positive (pcDEQ-1); where σ(0) > 0 it may be any nonnegative x (pcDEQ-2).
 
-The derivative is written in the function's own value v = σ(s): a fixed point z* = σ(Wz* + x) is
-such a value, so σ'(Wz* + x) comes from z* alone, with no second evaluation of the layer.
+The derivative is written in the function's own value v = σ(s), as torch's backward kernels have it:
+a fixed point z* = σ(Wz* + x) is such a value, so σ'(Wz* + x) comes from z* alone, with no second
+evaluation of the layer.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pcdeq.processor import AMD
 
 try:
     import numpy as np
@@ -22,20 +24,11 @@ except ImportError:  # torch works without it
     np = None
 
 
-def _is_amd() -> bool:
-    """Whether Linux names AMD as the maker of the processor."""
-    try:
-        with Path("/proc/cpuinfo").open() as processors:
-            return "AuthenticAMD" in processors.read(200)  # the first of maybe hundreds
-    except OSError:  # another system
-        return False
-
-
 # Where tanh is numpy's: its own is vectorised, torch's is MKL's, which is slow on AMD's processors.
 # Measured on a Zen 4 and on an Intel with AMX, with one and two threads.
 NUMPY = np is not None and "AVX" in torch.backends.cpu.get_cpu_capability()
 LARGE = 2**16  # elements, from where on torch's threads make up for it
-FEW = 4 if _is_amd() else 0  # threads, up to which they do not
+FEW = 4 if AMD else 0  # threads, up to which they do not
 
 
 @dataclass(frozen=True)
@@ -46,7 +39,7 @@ class Activation:
         name: the key in ``ACTIVATIONS``.
         function: σ(s), elementwise, any floating dtype.
         function_: the same without a graph; it may write over its argument.
-        derivative: σ'(s) as a function of v = σ(s), for s ≥ 0.
+        vjp: (g, v) ↦ σ'(s)·g with v = σ(s), for s ≥ 0; at relu6's kinks 0, as torch has it.
         slope: σ'(s) as a function of s ≥ 0, to a few roundings relative to itself even where σ
             saturates (1 − tanh² is not); at relu6's kink the left derivative. For proofs.
         supremum: M = sup σ; every fixed point lies in [0, M].
@@ -56,24 +49,35 @@ class Activation:
     name: str
     function: Callable[[Tensor], Tensor]
     function_: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor], Tensor]
+    vjp: Callable[[Tensor, Tensor], Tensor]
     slope: Callable[[Tensor], Tensor]
     supremum: float
     variant: int
+
+    def derivative(self, v: Tensor) -> Tensor:
+        """σ'(s) as a function of v = σ(s), for s ≥ 0; shape and dtype of v."""
+        return self.vjp(v.new_ones(()), v)
 
     def __reduce__(self) -> tuple:
         return get_activation, (self.name,)  # pickled and copied as its name
 
 
 def _tanh_(s: Tensor) -> Tensor:
-    """numpy's where it is faster: 4 to 7 times on a thread, to 1.4 units in the last place."""
-    fits = NUMPY and s.device.type == "cpu" and s.dtype == torch.float32
-    few = s.numel() < LARGE or torch.get_num_threads() <= FEW
-    if not (fits and few) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    """tanh; in float32 numpy's where it is faster, 4 to 7 times on a thread.
+
+    numpy's is exact to 1.4 units in the last place. bfloat16 goes by way of float32, in half the
+    time of torch's own.
+    """
+    if s.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return s.tanh_()
-    v = s.numpy()  # the same memory
-    np.tanh(v, out=v)
-    return s
+    large = s.numel() >= LARGE
+    if s.dtype == torch.bfloat16 and large:
+        return s.copy_(_tanh_(s.float()))
+    if s.dtype == torch.float32 and NUMPY and not (large and torch.get_num_threads() > FEW):
+        v = s.numpy()  # the same memory
+        np.tanh(v, out=v)
+        return s
+    return s.tanh_()
 
 
 def _softsign_(s: Tensor) -> Tensor:
@@ -84,20 +88,12 @@ def _relu6_(s: Tensor) -> Tensor:
     return s.clamp_(0, 6)
 
 
-def _tanh_derivative(v: Tensor) -> Tensor:
-    return torch.addcmul(v.new_ones(()), v, v, value=-1)  # 1 − v² in one pass
+def _softsign_vjp(g: Tensor, v: Tensor) -> Tensor:
+    return (1 - v.abs()).square_().mul_(g)  # v = s/(1+s), so 1/(1+s)² = (1 − v)²
 
 
-def _softsign_derivative(v: Tensor) -> Tensor:
-    return (1 - v.abs()).square_()  # v = s/(1+s), so 1/(1+s)² = (1 − v)²
-
-
-def _relu6_derivative(v: Tensor) -> Tensor:
-    return (6 - v).mul_(v).sign_()  # 1 in between, 0 at both kinks, as torch has it
-
-
-def _sigmoid_derivative(v: Tensor) -> Tensor:
-    return torch.addcmul(v, v, v, value=-1)  # v(1 − v) in one pass
+def _relu6_vjp(g: Tensor, v: Tensor) -> Tensor:
+    return torch.ops.aten.hardtanh_backward(g, v, 0, 6)
 
 
 def _tanh_slope(s: Tensor) -> Tensor:
@@ -123,7 +119,7 @@ ACTIVATIONS: dict[str, Activation] = {
             "tanh",
             torch.tanh,
             _tanh_,
-            _tanh_derivative,
+            torch.ops.aten.tanh_backward,  # (1 − v²)·g
             _tanh_slope,
             supremum=1.0,
             variant=1,
@@ -132,7 +128,7 @@ ACTIVATIONS: dict[str, Activation] = {
             "softsign",
             F.softsign,
             _softsign_,
-            _softsign_derivative,
+            _softsign_vjp,
             _softsign_slope,
             supremum=1.0,
             variant=1,
@@ -141,7 +137,7 @@ ACTIVATIONS: dict[str, Activation] = {
             "relu6",
             F.relu6,
             _relu6_,
-            _relu6_derivative,
+            _relu6_vjp,
             _relu6_slope,
             supremum=6.0,
             variant=1,
@@ -150,7 +146,7 @@ ACTIVATIONS: dict[str, Activation] = {
             "sigmoid",
             torch.sigmoid,
             torch.sigmoid_,
-            _sigmoid_derivative,
+            torch.ops.aten.sigmoid_backward,  # v(1 − v)·g
             _sigmoid_slope,
             supremum=1.0,
             variant=2,

@@ -188,7 +188,7 @@ class _AtEquilibrium(torch.autograd.Function):
     def backward(ctx, g: Tensor) -> tuple[None, Tensor, Tensor | None, None]:
         (z,) = ctx.saved_tensors
         equilibrium = ctx.equilibrium
-        y = equilibrium.f.activation.derivative(z).mul_(g)
+        y = equilibrium.f.activation.vjp(g, z)
         if not ctx.needs_input_grad[2]:
             return None, y, None, None
         dtype = LOW if equilibrium.only_low else z.dtype

@@ -11,17 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pcdeq.processor import AMD
+
 BETA = 5.0
+IDENTITY = 40.0  # βh from where on log(1 + e^{βh}) is βh to all digits, of float64 too
 
 
 def positive(h: Tensor) -> Tensor:
     """log(1 + e^{βh})/β > 0 with β = 5, shape and dtype of h.
 
-    ``F.softplus`` spends most of its time in log1p, which is not vectorised on CPUs; here
-    softplus(h) = max(h, 0) + log1p(u)/β with u = e^{−β|h|}, and log1p(u) = log(w) + (u − (w − 1))/w
-    for w = 1 + u as rounded, whose second term gives back what the rounding took: as accurate,
-    and two to three times as fast. Where it underflows (float32: h < −20.5), the smallest positive
-    number is returned, without which the fixed point need not be unique.
+    Where it underflows (float32: h < −20.5), it is the smallest positive number, without which the
+    fixed point need not be unique.
     """
     return _Softplus.apply(h)
 
@@ -30,17 +30,27 @@ class _Softplus(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h: Tensor) -> Tensor:
         ctx.save_for_backward(h)
-        u = h.abs().mul_(-BETA).exp_()
-        w = u + 1
-        log1p = torch.addcdiv(w.log(), u.sub_(w - 1), w, out=u)
-        x = h.clamp(min=0).add_(log1p, alpha=1 / BETA)
-        return x.clamp_(min=smallest_positive(h.dtype, h.device.type))
+        softplus = _by_passes if AMD and h.device.type == "cpu" else F.softplus
+        least = smallest_positive(h.dtype, h.device.type)
+        return softplus(h, BETA, IDENTITY).clamp_(min=least)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
         (h,) = ctx.saved_tensors
-        return (h * BETA).sigmoid_().mul_(grad)
+        return torch.ops.aten.softplus_backward(grad, h, BETA, IDENTITY)
+
+
+def _by_passes(h: Tensor, beta: float, _: float) -> Tensor:
+    """softplus without log1p, which is slow on AMD's processors: two to three times as fast there.
+
+    softplus(h) = max(h, 0) + log1p(u)/β with u = e^{−β|h|}, and log1p(u) = log(w) + (u − (w − 1))/w
+    for w = 1 + u as rounded, whose second term gives back what the rounding took: as accurate.
+    """
+    u = h.abs().mul_(-beta).exp_()
+    w = u + 1
+    log1p = torch.addcdiv(w.log(), u.sub_(w - 1), w, out=u)
+    return h.clamp(min=0).add_(log1p, alpha=1 / beta)
 
 
 @functools.cache

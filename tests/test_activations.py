@@ -66,6 +66,17 @@ def test_in_place_on_images_is_as_exact(activation, side, numpy, monkeypatch):
     assert activation.function_(torch.full_like(s, torch.nan)).isnan().all()
 
 
+@every
+def test_in_place_on_large_images_in_bfloat16_is_rounded_once(activation):
+    s = (torch.rand(4, 12, 40, 40) * 4).bfloat16().contiguous(memory_format=torch.channels_last)
+    assert s.numel() > activations.LARGE
+    truth = activation.function(s.double())
+    v = activation.function_(s.clone(memory_format=torch.preserve_format))
+    assert v.dtype == torch.bfloat16 and v.stride() == s.stride()
+    roundings = 3 if activation.name == "softsign" else 1  # |s|, 1 + |s| and the quotient
+    torch.testing.assert_close(v.double(), truth, rtol=1.01 * roundings * 2.0**-8, atol=0)
+
+
 def test_many_threads_share_a_large_tanh(monkeypatch):
     numpys = []
     monkeypatch.setattr(
@@ -87,6 +98,13 @@ def test_derivative_in_its_own_value_is_autograd_s(activation):
     v = activation.function(s)
     (reference,) = torch.autograd.grad(v.sum(), s)
     torch.testing.assert_close(activation.derivative(v.detach()), reference, rtol=0, atol=1e-14)
+
+
+@every
+def test_vjp_is_derivative_times_g(activation):
+    v = activation.function(PRE)
+    g = torch.linspace(-2, 3, len(PRE)).double()
+    torch.testing.assert_close(activation.vjp(g, v), activation.derivative(v) * g)
 
 
 @every

@@ -4,9 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pcdeq import injections
 from pcdeq.injections import INJECTIONS, positive, smallest_positive
 
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["AMD", "others"])
+def processor(request, monkeypatch):
+    monkeypatch.setattr(injections, "AMD", request.param)
 
 
 @both_dtypes
