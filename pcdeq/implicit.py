@@ -149,7 +149,7 @@ class Equilibrium(nn.Module):
         def iteration(dtype: torch.dtype) -> Linearised:
             Wt, b, d = transposed.to(dtype), grad.to(dtype), derivative(z).to(dtype)
             return Linearised(
-                lambda g: apply(d * g, Wt, b), lambda _: lambda v, r: apply(d * v, Wt, r)
+                lambda g: apply(d * g, Wt).add_(b), lambda _: lambda v, r: apply(d * v, Wt).add_(r)
             )
 
         with torch.no_grad(), _no_autocast(z):

@@ -57,9 +57,9 @@ class NonnegativeLinear(Nonnegative):
         super().__init__(nn.Linear(features, features, bias=False).weight.detach())
 
     @staticmethod
-    def apply(z: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
-        """Wz, or Wz + plus, shape (B, features)."""
-        return F.linear(z, weight) if plus is None else torch.addmm(plus, z, weight.t())
+    def apply(z: Tensor, weight: Tensor) -> Tensor:
+        """Wz, shape (B, features)."""
+        return F.linear(z, weight)
 
     @staticmethod
     def transpose(weight: Tensor) -> Tensor:
@@ -85,10 +85,9 @@ class NonnegativeConv2d(Nonnegative):
         self.to(memory_format=torch.channels_last)
 
     @staticmethod
-    def apply(z: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
-        """W∗z, or W∗z + plus, shape (B, channels, H, W)."""
-        wz = F.conv2d(z, weight, padding=1)
-        return wz if plus is None else wz.add_(plus)
+    def apply(z: Tensor, weight: Tensor) -> Tensor:
+        """W∗z, shape (B, channels, H, W)."""
+        return F.conv2d(z, weight, padding=1)
 
     @staticmethod
     def transpose(weight: Tensor) -> Tensor:
@@ -125,7 +124,7 @@ class ConcaveLayer(nn.Module):
         It records no graph; f(None) is f(0), at no product; each value is memory of its own.
         """
         apply, sigma_ = self.W.apply, self.activation.function_  # looked up once for a whole solve
-        return lambda z: sigma_(x.clone() if z is None else apply(z, weight, x))
+        return lambda z: sigma_(x.clone() if z is None else apply(z, weight).add_(x))
 
 
 class _WeightNorm(torch.autograd.Function):

@@ -61,7 +61,11 @@ def picard(
         max_iter: largest number of evaluations; where it is reached, ``converged`` is false.
         nonnegative: for Anderson; a plain step stays where f maps to.
     """
-    return _iterate(f, z, lambda fz, r: (fz, fz), tol, max_iter)
+    return _iterate(f, z, _plain, tol, max_iter)
+
+
+def _plain(fz: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    return fz, fz  # by then fz is the old z
 
 
 def anderson(
@@ -206,27 +210,36 @@ def _iterate(
     """Iterates until f(z) meets the rule, reading residuals a few at a time.
 
     ``mix(f(z), r)`` gives the next z, and a tensor whose memory the next residual r = f(z) − z may
-    take: fresh memory costs more than the subtraction.
+    take: fresh memory costs more than the subtraction. ‖f(z)‖ is left out where the rule cannot
+    hold as ‖f(z)‖ ≤ ‖z‖ + ‖r‖; of the plain step, whose z is the last f(z), ‖z‖ is bounded so.
     """
-    iterations, spare = 0, None
+    iterations, spare, check_every = 0, None, 0
+    z_norm = 0.0 if z is None and mix is _plain else math.inf  # an upper bound
     while True:
-        pending, norms = [], []
+        pending, changes = [], []
         for _ in range(max_iter - iterations):
             r = None  # f may have its memory
             fz = f(z)
             out = None if pending or fz is z else spare  # what is pending may be the solution
             r = fz if z is None else torch.sub(fz, z, out=out)
-            norms += [_norm(r), _norm(fz)]
             pending.append(fz)
-            if len(pending) == CHECK_EVERY.get(fz.device.type, 1):
+            changes.append(_norm(r))
+            check_every = check_every or CHECK_EVERY.get(fz.device.type, 1)
+            if len(pending) == check_every:
                 break
             z, spare = mix(fz, r)
-        sizes = _read(norms)
-        for fz, change, size in zip(pending, sizes[::2], sizes[1::2], strict=True):
+        for fz, change in zip(pending, _read(changes), strict=True):
             iterations += 1
+            z_norm += change
+            # Twice the tolerance, as norms are rounded; NaN is not above it.
+            if change > 2 * tol * (z_norm + EPSILON) and iterations < max_iter:
+                continue
+            size = _norm(fz).item()
             residual = _relative(change, size)
             if not residual >= tol or iterations == max_iter:  # NaN ends a solve too
                 return Solve(fz, iterations, iterations, residual, residual < tol)
+            if mix is _plain:
+                z_norm = size
         z, spare = mix(fz, r)
 
 

@@ -158,7 +158,7 @@ def test_max_iter_bounds_both_solves_and_is_reported(solver, precision):
         assert z.isfinite().all() and all(g.isfinite().all() for g in gradients)
         for solve in (block.deq.forward_solve, block.deq.backward_solve):
             assert solve.iterations <= max_iter
-            assert solve.converged == (solve.residual < max(1e-9, block.deq.tol))
+            assert solve.converged == (solve.residual < block.deq.tolerance)
         assert not block.deq.forward_solve.converged
 
 

@@ -83,14 +83,11 @@ def test_clamp_projects_both_parameters(kind):
 
 @both
 def test_apply_is_the_map(kind):
-    W, z, plus = make(kind), signal(kind), signal(kind)
+    W, z = make(kind), signal(kind)
     weight = W.weight().detach()
     plain = nn.functional.linear if kind == "linear" else nn.functional.conv2d
     reference = plain(z, weight, **({} if kind == "linear" else {"padding": 1}))
-    kept = plus.clone()
     torch.testing.assert_close(W.apply(z, weight), reference)
-    torch.testing.assert_close(W.apply(z, weight, plus), reference + plus)
-    assert torch.equal(plus, kept)  # it is x, or a gradient: never ours to write to
 
 
 @both

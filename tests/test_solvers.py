@@ -9,6 +9,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from pcdeq import solvers
@@ -202,6 +204,26 @@ def test_reading_late_stops_at_the_first_that_meets_the_rule(monkeypatch):
             max_iter=6,
         )
         assert solve.iterations == 2 and solve.z.item() == pytest.approx(8.0001)
+
+
+@pytest.mark.parametrize("start", [None, 1.0])
+@given(
+    values=st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=12),
+    shrink=st.floats(0.01, 1),
+    tol=st.sampled_from([1e-3, 0.1, 0.5, 0.9]),
+)
+def test_leaving_out_norms_never_changes_where_picard_stops(start, values, shrink, tol):
+    """Whatever the iterates do: grow, shrink, jump to zero and back."""
+    iterates = [torch.full((1, 2), v * shrink**k) for k, v in enumerate(values)]
+    z = None if start is None else torch.full((1, 2), start)
+    z_textbook = torch.zeros(1, 2) if z is None else z
+    replay = iter(iterates)
+    solve = picard(lambda _: next(replay).clone(), z, tol=tol, max_iter=len(values))
+    replay = iter(iterates)
+    expected = textbook(lambda _: next(replay), z_textbook, tol, len(values))
+    assert torch.equal(solve.z, expected[0])
+    assert (solve.iterations, solve.converged) == (expected[1], expected[3])
+    assert solve.residual == pytest.approx(expected[2], rel=1e-5)
 
 
 @pytest.mark.parametrize("rho", [0.9, 0.97])
