@@ -125,13 +125,7 @@ class Equilibrium(nn.Module):
 
         def iteration(dtype: torch.dtype) -> Linearised:
             W, b = weight.to(dtype), x.to(dtype)
-            apply, derivative = self.f.W.apply, self.f.activation.derivative
-
-            def tangent(fz: Tensor):
-                slope = derivative(fz)  # σ'(Wz + x)
-                return lambda v, r: torch.addcmul(r, slope, apply(v, W))  # J = diag(σ')·W
-
-            return Linearised(self.f.at(b, W), tangent)
+            return Linearised(self.f.at(b, W), lambda fz, r: self.f.tangent(fz, r, W))
 
         z, self.forward_solve = self._solve(iteration, None, nonnegative=True)
         return z
@@ -144,12 +138,12 @@ class Equilibrium(nn.Module):
             raise RuntimeError(
                 "a pcDEQ block is differentiable once: create_graph=True is not supported"
             )
-        apply, derivative = self.f.W.apply, self.f.activation.derivative
+        derivative = self.f.activation.derivative
 
         def iteration(dtype: torch.dtype) -> Linearised:
-            Wt, b, d = transposed.to(dtype), grad.to(dtype), derivative(z).to(dtype)
+            Wt, b, slope = transposed.to(dtype), grad.to(dtype), derivative(z).to(dtype)
             return Linearised(
-                lambda g: apply(d * g, Wt).add_(b), lambda _: lambda v, r: apply(d * v, Wt).add_(r)
+                self.f.adjoint(slope, b, Wt), lambda _, r: self.f.adjoint(slope, r, Wt)
             )
 
         with torch.no_grad(), _no_autocast(z):

@@ -108,10 +108,10 @@ SOLVERS: dict[str, Callable[..., Solve]] = {"picard": picard, "anderson": anders
 
 
 class Linearised(NamedTuple):
-    """A map together with its tangent: ``f(z)``, and ``tangent(f(z))(v, r) = J(z)v + r``."""
+    """A map together with its tangent: ``tangent(f(z), r)`` is the map v ↦ J(z)v + r."""
 
     f: Map
-    tangent: Callable[[Tensor], Callable[[Tensor, Tensor], Tensor]]
+    tangent: Callable[[Tensor, Tensor], Map]
 
 
 def refine(
@@ -153,7 +153,7 @@ def refine(
         iterations, full = iterations + 1, full + 1
         r = torch.sub(fz, z, out=None if fz is z else z)
         del z  # r has its memory
-        residual = _relative(*_read([vector_norm(r), vector_norm(fz)]))
+        residual = _relative(*_read([_norm(r), _norm(fz)]))
         if residual < tol or iterations >= max_iter:
             return Solve(fz, iterations, full, residual, residual < tol)
         if plain is not None and not residual < before:  # NaN fails too
@@ -190,9 +190,8 @@ def _corrected(
     low: Linearised, fz: Tensor, r: Tensor, solver: Callable[..., Solve], max_iter: int
 ) -> tuple[Tensor, int]:
     """z + δ with δ = Jδ + r solved in bfloat16, and the products that it took."""
-    tangent = low.tangent(fz.to(LOW))
     rule = {"tol": CORRECTION_TOL, "max_iter": max_iter, "nonnegative": False}
-    correction = solver(lambda v: tangent(v, r), r, **rule)
+    correction = solver(low.tangent(fz.to(LOW), r), r, **rule)
     return fz + (correction.z - r), correction.iterations  # z = f(z) − r
 
 

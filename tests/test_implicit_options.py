@@ -22,6 +22,7 @@ from pcdeq.implicit import (
     PRECISIONS,
     PcDEQLinear,
 )
+from pcdeq.layers import CONVOLUTION_PLUS
 from pcdeq.solvers import SOLVERS
 
 TOLERANCE = {"fp32": 1e-4, "mixed": 1e-4, "bf16": 2.0**-8}
@@ -71,7 +72,7 @@ class Dtypes(torch.overrides.TorchFunctionMode):
         self.seen = []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (F.linear, F.conv2d, torch.addmm, torch.conv2d):
+        if function in (F.linear, F.conv2d, torch.conv2d, CONVOLUTION_PLUS):
             self.seen.append(next(a for a in args if isinstance(a, Tensor)).dtype)
         return function(*args, **(kwargs or {}))
 

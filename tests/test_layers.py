@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from pcdeq import layers
 from pcdeq.activations import ACTIVATIONS
 from pcdeq.layers import ConcaveLayer, NonnegativeConv2d, NonnegativeLinear
 
@@ -88,6 +89,46 @@ def test_apply_is_the_map(kind):
     plain = nn.functional.linear if kind == "linear" else nn.functional.conv2d
     reference = plain(z, weight, **({} if kind == "linear" else {"padding": 1}))
     torch.testing.assert_close(W.apply(z, weight), reference)
+
+
+@both
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layouts", ["zb", "z", "b", ""])  # which of both are in channels_last
+def test_affine_is_the_map_and_b(kind, onednn, dtype, layouts, monkeypatch):
+    if not onednn:
+        monkeypatch.setattr(layers, "CONVOLUTION_PLUS", None)
+    W, z, b = make(kind, dtype), signal(kind, dtype=dtype), signal(kind, dtype=dtype)
+    if kind == "conv":
+        z, b = (
+            t.contiguous(memory_format=torch.channels_last) if name in layouts else t
+            for name, t in (("z", z), ("b", b))
+        )
+    weight, kept = W.weight().detach(), b.clone()
+    value = W.affine(z, weight, b)
+    truth = W.apply(z.double(), weight.double()) + b.double()
+    rounding = {torch.float64: 1e-14, torch.float32: 1e-5, torch.bfloat16: 2.0**-7}[dtype]
+    assert (value - truth).abs().max() <= rounding * truth.abs().max()
+    assert value.dtype == dtype and torch.equal(b, kept)  # b is x, or a gradient: not ours to write
+    assert value.data_ptr() not in (z.data_ptr(), b.data_ptr())
+    assert W.affine(z[:0], weight, b[:0]).shape == z[:0].shape
+
+
+@both
+@every
+def test_tangent_and_adjoint_are_those_of_f(kind, activation):
+    layer = ConcaveLayer(make(kind), activation)
+    z, x = signal(kind).abs(), signal(kind).abs()
+    weight = layer.W.weight().detach()
+    v, g, r, b = (signal(kind) for _ in range(4))
+    f = lambda z: activation.function(layer.W.apply(z, weight) + x)  # noqa: E731
+    fz, Jv = torch.func.jvp(f, (z,), (v,))
+    torch.testing.assert_close(layer.tangent(fz, r, weight)(v), Jv + r)
+    _, pullback = torch.func.vjp(f, z)
+    slope, kept = activation.derivative(fz), [t.clone() for t in (v, g, r, b)]
+    adjoint = layer.adjoint(slope, b, layer.W.transpose(weight))
+    torch.testing.assert_close(adjoint(g), pullback(g)[0] + b)
+    assert all(map(torch.equal, (v, g, r, b), kept))
 
 
 @both

@@ -39,9 +39,9 @@ class Map:
     def to(self, dtype: torch.dtype) -> "Map":
         return Map(self.A.to(dtype), self.b.to(dtype))
 
-    def tangent(self, fz: Tensor):
+    def tangent(self, fz: Tensor, r: Tensor):
         slope = (fz < 6).to(fz.dtype)
-        return lambda v, r: slope * (v @ self.A.T) + r
+        return lambda v: slope * (v @ self.A.T) + r
 
     def solution(self) -> Tensor:
         eye = torch.eye(len(self.A), dtype=torch.float64)
@@ -343,10 +343,10 @@ def test_refinement_counts_evaluations_of_both_precisions():
     f = slow(0.9, dtype=torch.float32)
     low, tangents = f.to(torch.bfloat16), []
 
-    def tangent(fz):
+    def tangent(fz, r):
         assert fz.dtype == torch.bfloat16
-        product = low.tangent(fz)
-        return lambda v, r: tangents.append(v) or product(v, r)
+        product = low.tangent(fz, r)
+        return lambda v: tangents.append(v) or product(v)
 
     both = at(f, low, tangent)
     solve = refine(both, None, solver=picard, dtype=torch.float32, tol=1e-4, max_iter=99)
@@ -366,17 +366,17 @@ def test_refinement_never_exceeds_max_iter(solver, max_iter):
 
 
 HARMFUL = {
-    "wrong direction": lambda v, r: -50 * r,
-    "too long": lambda v, r: 1000 * r,
-    "not finite": lambda v, r: r * math.nan,
-    "growing": lambda v, r: 3 * v + r,
+    "wrong direction": lambda r: lambda v: -50 * r,
+    "too long": lambda r: lambda v: 1000 * r,
+    "not finite": lambda r: lambda v: r * math.nan,
+    "growing": lambda r: lambda v: 3 * v + r,
 }
 
 
 @pytest.mark.parametrize("harm", HARMFUL)
 def test_refinement_drops_a_correction_that_does_not_lower_the_residual(harm):
     f = slow(0.8, dtype=torch.float32)
-    both = at(f, f.to(torch.bfloat16), lambda fz: HARMFUL[harm])
+    both = at(f, f.to(torch.bfloat16), lambda fz, r: HARMFUL[harm](r))
     solve = refine(both, None, solver=picard, dtype=torch.float32, tol=1e-5, max_iter=10_000)
     assert solve.converged
     torch.testing.assert_close(solve.z.double(), f.solution(), rtol=1e-3, atol=0)
