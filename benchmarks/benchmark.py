@@ -111,9 +111,9 @@ def measure(row: Row, images: data.ImageSet, seed: int, rounds: int | None) -> d
     rounds = rounds or row.rounds
     for turn in range(rounds + 2):
         for name, (call, _) in (calls | bare).items():
-            spent = seconds(call)
+            spent = [seconds(call) for _ in range(row.steps)]
             if turn >= 2:  # the first two warm up
-                times[name].append(spent)
+                times[name] += spent
     report = {}
     for name, model in models.items():
         report[name] = {"seconds": statistics.median(times[name]), **iterations(model)}
@@ -176,7 +176,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", default="*", help="pattern of names, epoch and memory among them")
-    parser.add_argument("--rounds", type=count, help="rounds (default: 7 to 300, by the row)")
+    parser.add_argument("--rounds", type=count, help="rounds (default: 7 to 30, by the row)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     names = [*(row.name for row in ROWS), "epoch", "memory"]

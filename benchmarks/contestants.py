@@ -25,6 +25,7 @@ class Row:
     activation: str
     training_steps: int
     rounds: int
+    steps: int = 1  # of each in a round: one that is short finds the caches as in training
 
     @property
     def name(self) -> str:
@@ -32,7 +33,7 @@ class Row:
 
 
 ROWS = (
-    Row("mnist", "linear_pcdeq_1", "tanh", 150, 300),
+    Row("mnist", "linear_pcdeq_1", "tanh", 150, 30, steps=10),
     Row("mnist", "single_conv_pcdeq_1", "tanh", 4, 7),
     Row("mnist", "multi_conv_pcdeq_1", "relu6", 60, 20),
     Row("cifar", "multi_conv_pcdeq_1", "relu6", 25, 15),

@@ -16,7 +16,7 @@ from torchvision import datasets, transforms
 from pcdeq.experiments import data
 from pcdeq.experiments.data import load
 from pcdeq.experiments.errors import DataError
-from pcdeq.networks import DATASETS
+from pcdeq.networks import DATASETS, build_network
 
 RNG = np.random.default_rng(0)
 
@@ -52,6 +52,20 @@ def test_a_folder_of_images_is_read_as_torchvision_does(tmp_path, dataset, mode,
     assert (train.mean, train.std) == data.NORMALISATION[dataset]
 
 
+def test_a_network_is_tested_on_a_folder_without_training_images(tmp_path):
+    write_images(tmp_path, {"ant": 2, "cat": 3})
+    _, expected, _ = load("svhn", image_folder=tmp_path)
+    shutil.rmtree(tmp_path / "train")
+    network = build_network("single_conv_pcdeq_1", "relu6", "svhn", classes=2)
+    images = data.test_set(network, image_folder=tmp_path)
+    assert torch.equal(images.images, expected.images)
+    assert torch.equal(images.labels, expected.labels)
+    assert (images.mean, images.std, images.augment) == (expected.mean, expected.std, False)
+    network = build_network("single_conv_pcdeq_1", "relu6", "svhn")
+    with pytest.raises(DataError, match="is for 10 classes, the images have 2"):
+        data.test_set(network, image_folder=tmp_path)
+
+
 def test_more_than_8_bits_are_refused(tmp_path):
     """PIL would clip them to white."""
     write_images(tmp_path, {"a": 1, "b": 1})
@@ -71,6 +85,9 @@ def test_reading_warns_of_nothing(tmp_path):
         assert caught  # PIL does, left alone
         caught.clear()
         load("cifar", image_folder=tmp_path)
+        data.test_set(
+            build_network("multi_conv_pcdeq_1", "tanh", "cifar", classes=2), image_folder=tmp_path
+        )
         assert not caught
 
 

@@ -160,15 +160,7 @@ def load(
             from pcdeq.experiments.genuine import SOURCES, genuine
 
             train, test, classes = *genuine(SOURCES[dataset](Path(root))), 10
-    mean, std = NORMALISATION[dataset]
-    memory = torch.channels_last if shape[0] > 1 else torch.contiguous_format
-    train_set, test_set = (
-        ImageSet(
-            images.to(device).contiguous(memory_format=memory), labels.to(device), mean, std, crop
-        )
-        for (images, labels), crop in ((train, augment), (test, False))
-    )
-    return train_set, test_set, classes
+    return _image_set(train, dataset, device, augment), _image_set(test, dataset, device), classes
 
 
 def test_set(
@@ -179,7 +171,7 @@ def test_set(
     image_folder: str | Path | None = None,
     device: str | torch.device = "cpu",
 ) -> ImageSet:
-    """The test set for a trained network; arguments as for ``load``.
+    """The test set for a trained network; arguments as for ``load``. Of folders only ``test/``.
 
     Raises:
         DataError: also where the images have another number of classes than the network.
@@ -189,11 +181,29 @@ def test_set(
             f"the network is for {network.classes} classes, not for {network.dataset}'s ten: "
             "name the folder of its images with --image-folder"
         )
-    source = {"root": root, "sample": sample, "image_folder": image_folder}
-    _, images, classes = load(network.dataset, **source, device=device)
+    if image_folder is not None:
+        from pcdeq.experiments.folders import test_folder
+
+        labelled, classes = test_folder(Path(image_folder), DATASETS[network.dataset])
+        images = _image_set(labelled, network.dataset, device)
+    else:
+        _, images, classes = load(network.dataset, root=root, sample=sample, device=device)
     if classes != network.classes:
         raise DataError(f"the network is for {network.classes} classes, the images have {classes}")
     return images
+
+
+def _image_set(
+    labelled: tuple[Tensor, Tensor],
+    dataset: str,
+    device: str | torch.device,
+    augment: bool = False,
+) -> ImageSet:
+    """Images uint8 (N, C, H, W) and labels int64 (N,) as they are kept."""
+    images, labels = labelled
+    memory = torch.channels_last if images.shape[1] > 1 else torch.contiguous_format
+    images = images.to(device).contiguous(memory_format=memory)
+    return ImageSet(images, labels.to(device), *NORMALISATION[dataset], augment)
 
 
 def _sample(shape: tuple[int, int, int]) -> list[tuple[Tensor, Tensor]]:

@@ -1,5 +1,6 @@
 """Anyone's images: a folder for each class, read once, by several threads."""
 
+import warnings
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def image_folders(folder: Path, shape: tuple[int, int, int]) -> tuple[Labelled, 
     return _decode(train, shape), _decode(test, shape), len(train.classes)
 
 
+def test_folder(folder: Path, shape: tuple[int, int, int]) -> tuple[Labelled, int]:
+    """The test set alone, and the number of classes; arguments and errors as above."""
+    test = _list_images(folder / "test")
+    return _decode(test, shape), len(test.classes)
+
+
 def _list_images(folder: Path) -> datasets.ImageFolder:
     if not folder.is_dir():
         raise DataError(
@@ -65,7 +72,8 @@ def _decode(listed: datasets.ImageFolder, shape: tuple[int, int, int]) -> Labell
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         images[index] = np.asarray(image).reshape(height, width, channels)
 
-    with ThreadPool() as pool:
+    with ThreadPool() as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PIL, about palettes
         done = pool.imap_unordered(decode, range(len(listed)), chunksize=64)
         for _ in tqdm(done, f"reading {listed.root}", len(listed), leave=False, disable=None):
             pass
