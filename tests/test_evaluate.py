@@ -152,7 +152,7 @@ def test_unconverged_solves_are_warned_of(checkpoints, capsys):
     status, out, _ = run(
         capsys, checkpoints / "best.pth", "--sample", "--first", 50, "--max-iter", 3
     )
-    assert status == 0 and "warning: 1 solves did not reach the tolerance 0.0001" in out
+    assert status == 0 and "warning: the tolerance 0.0001 was not reached in 1 of the solves" in out
 
 
 def test_the_tolerance_in_bfloat16_is_the_one_that_holds(checkpoints, capsys):

@@ -319,7 +319,7 @@ def test_unconverged_solves_are_counted_and_warned_of_once_an_epoch(tmp_path, ca
     assert [row["unconverged"] for row in result.rows] == [20, 20]  # ten steps, both directions
     out = capsys.readouterr().out
     assert out.count("warning: ") == 2
-    assert "warning: 20 solves of epoch 2 did not reach the tolerance in 1 iterations" in out
+    assert "the tolerance was not reached in 20 of the solves of epoch 2 (--max-iter 1)" in out
 
 
 def test_a_last_batch_of_one_image_is_left_out_and_said_once(tmp_path, digits, capsys):

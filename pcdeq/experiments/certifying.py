@@ -122,7 +122,7 @@ def format_certificates(summaries: Sequence[dict[str, Any]]) -> str:
         )
     for s in summaries:
         for reason, batches in list(s["reasons"].items())[:SHOWN]:
-            lines.append(f"  {s['block']}, {batches} batches: {reason}")
+            lines.append(f"  {s['block']}, {batches} batch{'es' * (batches > 1)}: {reason}")
         if len(s["reasons"]) > SHOWN:
             lines.append(f"  {s['block']}: and {len(s['reasons']) - SHOWN} other reasons")
     return "\n".join(lines)

@@ -75,7 +75,8 @@ def _report(model: Network, images: data.ImageSet, flags: argparse.Namespace) ->
         f"{test.images_per_second:,.0f} images/s"
     )
     if test.unconverged:
-        print(f"warning: {test.unconverged} solves did not reach the tolerance {tolerance:g}")
+        missed = f"{test.unconverged} of the solves"
+        print(f"warning: the tolerance {tolerance:g} was not reached in {missed}")
     if flags.certify:
         _timed(
             lambda tick: certifying.format_certificates(

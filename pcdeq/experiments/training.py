@@ -208,7 +208,7 @@ def _line(row: dict[str, Any], config: RunConfig) -> str:
     )
     if row["unconverged"]:
         text += (
-            f"\nwarning: {row['unconverged']} solves of epoch {row['epoch']} did not reach the "
-            f"tolerance in {config.max_iter} iterations"
+            f"\nwarning: the tolerance was not reached in {row['unconverged']} of the solves of "
+            f"epoch {row['epoch']} (--max-iter {config.max_iter})"
         )
     return text
