@@ -6,7 +6,8 @@ onto the nonnegative orthant after each optimizer step keeps W there (projected 
 
 A solve uses one W many times: ``weight()`` forms it once, and ``apply`` is the bare map. The
 transpose of such a map is a map of the same kind, with the transposed matrix or the flipped kernel,
-so Jᵀy needs no autograd: J = diag(σ')·W and Jᵀy = Wᵀ(σ'∘y).
+so Jᵀy needs no autograd: J = diag(σ')·W and Jᵀy = Wᵀ(σ'∘y). ``at``, ``tangent`` and ``adjoint``
+are what solvers iterate.
 """
 
 import math
@@ -112,7 +113,9 @@ class NonnegativeConv2d(Nonnegative):
         less. In float32 the pass is a hundredth of the convolution.
         """
         low = z.device.type == "cpu" and z.dtype == torch.bfloat16
-        if low and CONVOLUTION_PLUS and not torch.compiler.is_compiling():
+        # It has no derivative, and neither a tracer nor a compiler can record it.
+        plain = torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling()
+        if low and CONVOLUTION_PLUS and not plain:
             one = [1, 1]  # padding, stride, dilation
             return CONVOLUTION_PLUS(z, b, weight, None, one, one, one, 1, "add", 1, None, [], None)
         return F.conv2d(z, weight, padding=1).add_(b)

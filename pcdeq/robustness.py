@@ -31,9 +31,9 @@ from pcdeq.implicit import PcDEQ
 from pcdeq.injections import smallest_positive
 
 SLACK = 1e-9  # margins above it are proved: far above what is left of rounding in their last sums
-# What the injection may be off by, relatively. Its own rounding errors are of order 1e-15; torch's
-# softplus, cut off to the identity beyond βh = 20, loses ln(1 + e⁻²⁰)/20 ≈ 1.03e-10 there and is
-# not even monotone.
+# What the injection may be off by, relatively. Its own rounding errors are far smaller (6e-14);
+# torch's softplus as it comes, cut off to the identity beyond βh = 20, loses ln(1 + e⁻²⁰)/20, which
+# is 1.03e-10, and is not even monotone there.
 INJECTION_ERROR = 2e-10
 
 

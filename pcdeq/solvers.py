@@ -227,13 +227,18 @@ def _iterate(
             if len(pending) == check_every:
                 break
             z, spare = mix(fz, r)
-        for fz, change in zip(pending, _read(changes), strict=True):
+        if check_every > 1:  # every norm with one synchronisation
+            changes += map(_norm, pending)
+        norms = _read(changes)
+        sizes = norms[len(pending) :]
+        for k, fz in enumerate(pending):
+            change = norms[k]
             iterations += 1
             z_norm += change
             # Twice the tolerance, as norms are rounded; NaN is not above it.
             if change > 2 * tol * (z_norm + EPSILON) and iterations < max_iter:
                 continue
-            size = _norm(fz).item()
+            size = sizes[k] if sizes else _norm(fz).item()
             residual = _relative(change, size)
             if not residual >= tol or iterations == max_iter:  # NaN ends a solve too
                 return Solve(fz, iterations, iterations, residual, residual < tol)

@@ -206,7 +206,7 @@ def test_reading_late_stops_at_the_first_that_meets_the_rule(monkeypatch):
         assert solve.iterations == 2 and solve.z.item() == pytest.approx(8.0001)
 
 
-@pytest.mark.parametrize("start", [None, 1.0])
+@pytest.mark.parametrize("start", [None, 1.0, 1e3])
 @given(
     values=st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=12),
     shrink=st.floats(0.01, 1),
@@ -214,7 +214,7 @@ def test_reading_late_stops_at_the_first_that_meets_the_rule(monkeypatch):
 )
 def test_leaving_out_norms_never_changes_where_picard_stops(start, values, shrink, tol):
     """Whatever the iterates do: grow, shrink, jump to zero and back."""
-    iterates = [torch.full((1, 2), v * shrink**k) for k, v in enumerate(values)]
+    iterates = [torch.full((1, 2), (start or 0) + v * shrink**k) for k, v in enumerate(values)]
     z = None if start is None else torch.full((1, 2), start)
     z_textbook = torch.zeros(1, 2) if z is None else z
     replay = iter(iterates)
