@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,23 @@ def test_every_job_runs_and_a_failure_stops_none(tmp_path, capfd):
     assert shown.splitlines()[-1] == "5 done, 0 running, 0 left, 3 failed"
 
 
-def test_no_more_than_n_run_at_a_time_and_each_has_its_share_of_the_cores(tmp_path):
+@pytest.mark.parametrize("asked", [None, "3"])
+def test_threads_are_the_share_of_the_cores_or_what_the_user_asks_for(tmp_path, monkeypatch, asked):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    script = "(here / 'NAME').write_text(os.environ.get('OMP_NUM_THREADS', 'none'))"
+    jobs = [
+        replace(job(tmp_path, name, script.replace("NAME", name)), serial=name == "linear")
+        for name in ("linear", "conv")
+    ]
+    assert run_all(jobs, 1, lambda job: None) == []
+    assert (tmp_path / "conv").read_text() == (asked or str(cores()))
+    assert (tmp_path / "linear").read_text() == (asked or "none")
+
+
+def test_no_more_than_n_run_at_a_time_and_each_has_its_share_of_the_cores(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     script = """
 name = here / f"{os.getpid()}.running"
 name.touch()
@@ -177,7 +194,8 @@ def test_the_picture_and_the_time_left(tmp_path):
 # Real runs
 
 
-def test_real_runs_a_failing_one_among_them_and_their_collection(tmp_path):
+def test_real_runs_a_failing_one_among_them_and_their_collection(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     from torchvision.utils import save_image
 
     from pcdeq.experiments.data import load

@@ -72,12 +72,17 @@ def threads_for(net: str) -> Iterator[None]:
     in some minutes, and a third slower in others.
     """
     before = torch.get_num_threads()
-    if net.startswith("linear") and "OMP_NUM_THREADS" not in os.environ:
+    if is_serial(net) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def is_serial(net: str) -> bool:
+    """Whether a network of that name is given one thread."""
+    return net.startswith("linear")
 
 
 def processor() -> str:

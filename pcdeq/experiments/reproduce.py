@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
+from pcdeq.experiments import machine
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.flags import add_help, add_solver, count, device, folder, program
 from pcdeq.experiments.publish import publish
 from pcdeq.experiments.recipes import ROWS, Recipe
 from pcdeq.experiments.results import Result, collect, find_runs, read_results, train_command
-from pcdeq.experiments.schedule import Job, cores, run_all
+from pcdeq.experiments.schedule import Job, run_all, share
 from pcdeq.experiments.tables import (
     TITLES,
     Reference,
@@ -134,8 +135,9 @@ def _run(
     if not jobs:
         print(f"nothing to do: {results} holds all {len(asked)} results of {len(recipes)} row(s)")
         return
-    threads = max(1, cores() // args.jobs)
-    print(f"{len(jobs)} run(s), {args.jobs} at a time, {threads} thread(s) each")
+    threads = share(args.jobs)
+    linear = ", the linear ones with 1" * any(job.serial for job in jobs) * (threads > 1)
+    print(f"{len(jobs)} run(s), {args.jobs} at a time, {threads} thread(s) each{linear}")
     home = root if own else results
     failures = run_all(
         jobs, args.jobs, lambda job: _take_in(job.folder, results, home), len(asked) - len(jobs)
@@ -152,7 +154,7 @@ def _job(recipe: Recipe, seed: int, runs: Path, root: Path, options: dict[str, o
     script, *words = train_command(recipe, seed, options)
     script = os.path.relpath(root / script)
     command = (_python(), script, *words, "--out", str(folder), "--resume")
-    return Job(folder.name, command, folder, recipe.epochs)
+    return Job(folder.name, command, folder, recipe.epochs, machine.is_serial(recipe.net))
 
 
 def _python() -> str:

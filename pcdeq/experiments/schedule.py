@@ -29,12 +29,16 @@ REFRESH = 1.0  # seconds between two pictures of the progress
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its name, its command, the folder that it fills, and how many epochs it makes."""
+    """One run: its name, its command, the folder that it fills, and how many epochs it makes.
+
+    ``serial``: its command knows itself that one thread is best.
+    """
 
     name: str
     command: tuple[str, ...]
     folder: Path
     epochs: int
+    serial: bool = False
 
     @property
     def log(self) -> Path:
@@ -56,10 +60,16 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def share(workers: int) -> int:
+    """Threads for each of so many runs at a time: as ``OMP_NUM_THREADS`` says, or cores/workers."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) else max(1, cores() // workers)
+
+
 def run_all(
     jobs: Sequence[Job], workers: int, finished: Callable[[Job], None], done: int = 0
 ) -> list[Failure]:
-    """Runs every job, ``workers`` at a time, each with cores/workers threads.
+    """Runs every job, ``workers`` at a time, each with its ``share`` of threads at most.
 
     Args:
         jobs: what to run, in this order.
@@ -75,7 +85,7 @@ def run_all(
             have ended.
     """
     waiting, running, failures = list(jobs), {}, []
-    threads = max(1, cores() // workers)
+    threads = share(workers)
     display = _Display(done)
     with Signals() as signals:
         signals.advice = "the same command goes on"
@@ -112,12 +122,13 @@ def _start(job: Job, threads: int) -> subprocess.Popen | None:
     with job.log.open("ab") as log:
         if not lock(log):
             return None
+        limit = {} if job.serial else {"OMP_NUM_THREADS": str(threads)}
         return subprocess.Popen(
             job.command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            env=os.environ | limit,
             start_new_session=True,  # a Ctrl-C reaches it once, through us, not twice
         )
 
