@@ -24,8 +24,7 @@ except ImportError:  # torch works without it
     np = None
 
 
-# Where tanh is numpy's: its own is vectorised, torch's is MKL's, which is slow on AMD's processors.
-# Measured on a Zen 4 and on an Intel with AMX, with one and two threads.
+# Where tanh is numpy's, which is vectorised. Measured with one and two threads.
 NUMPY = np is not None and "AVX" in torch.backends.cpu.get_cpu_capability()
 LARGE = 2**16  # elements, from where on torch's threads make up for it
 FEW = 4 if AMD else 0  # threads, up to which they do not

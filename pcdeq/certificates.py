@@ -255,8 +255,9 @@ def _history(name: str, block: PcDEQ, x: Tensor, rate: float, steps: int) -> His
     transposed = block.deq.f.W.transpose(operator.weight)
     slope = operator.slope(operator.argument(z, x), -1)
     g = torch.ones_like(x)
+    adjoint = block.deq.f.adjoint(slope, g, transposed)
     for _ in range(steps):
-        new = block.deq.f.W.apply(slope * g, transposed) + 1
+        new = adjoint(g)
         backward.append(_residual(new, g))
         g = new
     return History(name, forward, backward, width, rate, block.deq.tolerance)

@@ -32,9 +32,8 @@ class _Softplus(torch.autograd.Function):
         ctx.save_for_backward(h)
         # Older versions of torch for Apple's GPUs take log(1 + e^{βh}) as it stands.
         passes = (AMD and h.device.type == "cpu") or h.device.type == "mps"
-        softplus = _by_passes if passes else F.softplus
-        least = smallest_positive(h.dtype, h.device.type)
-        return softplus(h, BETA, IDENTITY).clamp_(min=least)
+        x = _by_passes(h) if passes else F.softplus(h, BETA, IDENTITY)
+        return x.clamp_(min=smallest_positive(h.dtype, h.device.type))
 
     @staticmethod
     @once_differentiable
@@ -43,16 +42,16 @@ class _Softplus(torch.autograd.Function):
         return torch.ops.aten.softplus_backward(grad, h, BETA, IDENTITY)
 
 
-def _by_passes(h: Tensor, beta: float, _: float) -> Tensor:
+def _by_passes(h: Tensor) -> Tensor:
     """softplus without log1p, which is slow on AMD's processors and inexact on Apple's GPUs.
 
     softplus(h) = max(h, 0) + log1p(u)/β with u = e^{−β|h|}, and log1p(u) = log(w) + (u − (w − 1))/w
     for w = 1 + u as rounded, whose second term gives back what the rounding took: as accurate.
     """
-    u = h.abs().mul_(-beta).exp_()
+    u = h.abs().mul_(-BETA).exp_()
     w = u + 1
     log1p = torch.addcdiv(w.log(), u.sub_(w - 1), w, out=u)
-    return h.clamp(min=0).add_(log1p, alpha=1 / beta)
+    return h.clamp(min=0).add_(log1p, alpha=1 / BETA)
 
 
 @functools.cache

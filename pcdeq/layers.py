@@ -31,6 +31,11 @@ def _convolution_plus() -> Callable[..., Tensor] | None:
 CONVOLUTION_PLUS = _convolution_plus()  # in bfloat16, where the processor has it
 
 
+def _is_recorded() -> bool:
+    """Whether operators must be such as have a derivative, and are known to torch's tracers."""
+    return torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
 class Nonnegative(nn.Module):
     """W ≥ 0 in weight normalisation; what the linear map and the convolution share.
 
@@ -110,12 +115,10 @@ class NonnegativeConv2d(Nonnegative):
         """W∗z + b, shape (B, channels, H, W).
 
         In bfloat16 oneDNN adds b to its sums before they are rounded: one pass and one rounding
-        less. In float32 the pass is a hundredth of the convolution.
+        less. In float32 that would gain nothing.
         """
-        low = z.device.type == "cpu" and z.dtype == torch.bfloat16
-        # It has no derivative, and neither a tracer nor a compiler can record it.
-        plain = torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling()
-        if low and CONVOLUTION_PLUS and not plain:
+        low = z.dtype == torch.bfloat16 and z.device.type == "cpu" and CONVOLUTION_PLUS is not None
+        if low and not _is_recorded():
             one = [1, 1]  # padding, stride, dilation
             return CONVOLUTION_PLUS(z, b, weight, None, one, one, one, 1, "add", 1, None, [], None)
         return F.conv2d(z, weight, padding=1).add_(b)
@@ -152,7 +155,8 @@ class ConcaveLayer(nn.Module):
     def at(self, x: Tensor, weight: Tensor) -> Callable[[Tensor | None], Tensor]:
         """f as a map z ↦ σ(Wz + x) of one x and one W, as solvers take it; f(None) is f(0).
 
-        It records no graph, and each value is memory of its own: ``tangent`` and ``adjoint`` too.
+        For use without a graph (σ is in place); each value is memory of its own. The same holds of
+        ``tangent`` and ``adjoint``.
         """
         affine, sigma_ = self.W.affine, self.activation.function_  # looked up once for a solve
         return lambda z: sigma_(x.clone() if z is None else affine(z, weight, x))

@@ -111,7 +111,7 @@ class Linearised(NamedTuple):
     """A map together with its tangent: ``tangent(f(z), r)`` is the map v ↦ J(z)v + r."""
 
     f: Map
-    tangent: Callable[[Tensor, Tensor], Map]
+    tangent: Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]
 
 
 def refine(
@@ -212,24 +212,24 @@ def _iterate(
     take: fresh memory costs more than the subtraction. ‖f(z)‖ is left out where the rule cannot
     hold as ‖f(z)‖ ≤ ‖z‖ + ‖r‖; of the plain step, whose z is the last f(z), ‖z‖ is bounded so.
     """
-    iterations, spare, check_every = 0, None, 0
-    z_norm = 0.0 if z is None and mix is _plain else math.inf  # an upper bound
+    iterations, spare, plain = 0, None, mix is _plain
+    z_norm = 0.0 if z is None and plain else math.inf  # an upper bound
     while True:
-        pending, changes = [], []
+        pending, norms = [], []
         for _ in range(max_iter - iterations):
             r = None  # f may have its memory
             fz = f(z)
             out = None if pending or fz is z else spare  # what is pending may be the solution
             r = fz if z is None else torch.sub(fz, z, out=out)
             pending.append(fz)
-            changes.append(_norm(r))
-            check_every = check_every or CHECK_EVERY.get(fz.device.type, 1)
+            norms.append(_norm(r))
+            check_every = CHECK_EVERY.get(fz.device.type, 1)
             if len(pending) == check_every:
                 break
             z, spare = mix(fz, r)
-        if check_every > 1:  # every norm with one synchronisation
-            changes += map(_norm, pending)
-        norms = _read(changes)
+        if check_every > 1:  # ‖f(z)‖ with the same synchronisation, wanted or not
+            norms += map(_norm, pending)
+        norms = _read(norms)
         sizes = norms[len(pending) :]
         for k, fz in enumerate(pending):
             change = norms[k]
@@ -242,7 +242,7 @@ def _iterate(
             residual = _relative(change, size)
             if not residual >= tol or iterations == max_iter:  # NaN ends a solve too
                 return Solve(fz, iterations, iterations, residual, residual < tol)
-            if mix is _plain:
+            if plain:
                 z_norm = size
         z, spare = mix(fz, r)
 

@@ -92,6 +92,7 @@ def test_apply_is_the_map(kind):
 
 
 @both
+@torch.no_grad()
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layouts", ["zb", "z", "b", ""])  # which of both are in channels_last
@@ -112,6 +113,22 @@ def test_affine_is_the_map_and_b(kind, onednn, dtype, layouts, monkeypatch):
     assert value.dtype == dtype and torch.equal(b, kept)  # b is x, or a gradient: not ours to write
     assert value.data_ptr() not in (z.data_ptr(), b.data_ptr())
     assert W.affine(z[:0], weight, b[:0]).shape == z[:0].shape
+
+
+@pytest.mark.skipif(layers.CONVOLUTION_PLUS is None, reason="needs bfloat16 in the processor")
+def test_a_convolution_in_bfloat16_and_its_sum_are_rounded_once(monkeypatch):
+    W = make("conv", torch.bfloat16)
+    z, b = signal("conv", 64).bfloat16(), signal("conv", 64).bfloat16()
+    weight = W.weight().detach()
+    truth = W.apply(z.double(), weight.double()) + b.double()
+    with torch.no_grad():
+        once = (W.affine(z, weight, b) - truth).norm()
+        assert once <= 2.0**-8 * truth.norm()
+        monkeypatch.setattr(layers, "CONVOLUTION_PLUS", None)
+        assert once < 0.95 * (W.affine(z, weight, b) - truth).norm()
+    recorded = W.affine(z.requires_grad_(), weight, b)
+    (gradient,) = torch.autograd.grad(recorded.sum(), z)  # the plain operators, which have one
+    assert gradient.shape == z.shape and gradient.isfinite().all()
 
 
 @both
