@@ -35,25 +35,36 @@ def alone(**arguments) -> dict:
     return json.loads(done.stdout)
 
 
-def peak_memory(name: str, row: Row, seed: int) -> dict[str, float]:
-    """MiB by which three steps raise the peak resident memory of this process."""
-    images, _, _ = data.load(row.dataset, root="data", sample=True)
+def peak_memory(name: str, row: Row, seed: int, device: str = "cpu") -> dict[str, float]:
+    """MiB by which three steps raise the peak memory of this process, or what it has of a GPU's."""
+    images, _, _ = data.load(row.dataset, sample=True, device=device)
     network = trained(replace(row, training_steps=0), images, seed)
     x, y = images.batch(slice(0, BATCH))
     if name not in OPTIONS:
         x = x.contiguous(memory_format=torch.contiguous_format)
     model, optimizer = contestant(name, row, network)
     train_step(model, optimizer, x, y)  # behind it stands what libraries keep for good
-    reset_peak()
-    before = resident("VmRSS")
+    before = reset_peak(device)
     for _ in range(3):
         train_step(model, optimizer, x, y)
-    return {"MiB": resident("VmHWM") - before}
+    return {"MiB": peak(device) - before}
 
 
-def reset_peak() -> None:
+def reset_peak(device: str) -> float:
+    """Lets the peak of memory start anew; the MiB in use."""
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def peak(device: str) -> float:
+    """The most MiB in use since."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resident("VmHWM")
 
 
 def resident(field: str) -> float:
@@ -62,21 +73,21 @@ def resident(field: str) -> float:
     return int(line.split()[1]) / 2**10
 
 
-def epoch(name: str, seed: int) -> dict[str, float]:
+def epoch(name: str, seed: int, device: str = "cpu") -> dict[str, float]:
     """Seconds of one epoch of MNIST linear over 60,000 digits, and its peak memory in MiB.
 
     The digits are the shipped ones, fifteen times over: what is timed does not depend on them.
     The textbook reads them as torchvision's MNIST does, image by image through PIL and ToTensor,
     with a DataLoader of four workers; this project from its one tensor.
     """
-    images, _, _ = data.load("mnist", root="data", sample=True)
+    ours = name != TEXTBOOK
+    images, _, _ = data.load("mnist", sample=True, device=device if ours else "cpu")
     images = replace(
         images, images=images.images.repeat(15, 1, 1, 1), labels=images.labels.repeat(15)
     )
     torch.manual_seed(seed)
-    network = build_network("linear_pcdeq_1", "tanh")
-    reset_peak()
-    ours = name != TEXTBOOK
+    network = build_network("linear_pcdeq_1", "tanh").to(device)
+    reset_peak(device)
     model = network if ours else textbook(network)
     # The first optimizer of a process imports half of torch: no part of an epoch.
     fused = ours or None  # None: as torch chooses
@@ -88,9 +99,12 @@ def epoch(name: str, seed: int) -> dict[str, float]:
                 train_step(model, optimizer, *images.batch(batch))
     else:
         digits = AsTorchvision(images)
-        for x, y in DataLoader(digits, BATCH, shuffle=True, num_workers=4):
-            train_step(model, optimizer, x, y)
-    return {"seconds": time.perf_counter() - start, "MiB": resident("VmHWM")}
+        pinned = {"pin_memory": device != "cpu"}
+        for x, y in DataLoader(digits, BATCH, shuffle=True, num_workers=4, **pinned):
+            train_step(model, optimizer, *(t.to(device, non_blocking=True) for t in (x, y)))
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return {"seconds": time.perf_counter() - start, "MiB": peak(device)}
 
 
 class AsTorchvision(Dataset):

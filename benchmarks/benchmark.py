@@ -2,12 +2,14 @@
 
     python benchmarks/benchmark.py                 every row, as in the README (about ten minutes)
     python benchmarks/benchmark.py --rows '*linear*' --rounds 20
+    python benchmarks/benchmark.py --device cuda
 
 Everything that is compared runs in one process on the same weights and the same batch, in turns
-(of the linear network ten steps each, as in training the caches hold what the last step left);
-each figure is a median over the rounds, and what to read is the ratios. Weights come from a few
-steps of AdamW(1e-3, weight decay 1.5e-2) on the shipped digits. The timed steps have learning rate
-0, so that all of them see the same weights. torchdeq is optional (``pip install torchdeq``).
+(of the linear network, and on a GPU, ten steps each: as in training, the caches hold what the last
+step left); each figure is a median over the rounds, and what to read is the ratios. Weights come
+from a few steps of AdamW(1e-3, weight decay 1.5e-2) on the shipped digits. The timed steps have
+learning rate 0, so that all of them see the same weights. torchdeq is optional (``pip install
+torchdeq``).
 """
 
 import argparse
@@ -19,7 +21,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from apart import alone
+from apart import alone, peak_memory
 from contestants import (
     BATCH,
     OPTIONS,
@@ -37,9 +39,10 @@ from torch import Tensor, nn
 
 from pcdeq import Network, project
 from pcdeq.experiments import data, machine
-from pcdeq.experiments.flags import count
+from pcdeq.experiments.flags import count, device
 
 BARE = "bare kernels"
+STEPS = 10  # in a row, on a GPU
 
 
 class Evaluated(nn.Module):
@@ -89,10 +92,15 @@ def bare_kernels(row: Row, network: Network, x: Tensor, y: Tensor) -> dict[str, 
     return parts
 
 
-def seconds(call: Callable[[], object]) -> float:
+def seconds(call: Callable[[], object], steps: int, device: torch.device) -> float:
+    """Mean seconds of a few calls in a row, a GPU's work included."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    for _ in range(steps):
+        call()
+    wait()
+    return (time.perf_counter() - start) / steps
 
 
 def measure(row: Row, images: data.ImageSet, seed: int, rounds: int | None) -> dict[str, dict]:
@@ -112,9 +120,9 @@ def measure(row: Row, images: data.ImageSet, seed: int, rounds: int | None) -> d
     rounds = rounds or row.rounds
     for turn in range(rounds + 2):
         for name, (call, _) in (calls | bare).items():
-            spent = [seconds(call) for _ in range(row.steps)]
+            spent = seconds(call, STEPS if x.is_cuda else row.steps, x.device)
             if turn >= 2:  # the first two warm up
-                times[name] += spent
+                times[name].append(spent)
     report = {}
     for name, model in models.items():
         report[name] = {"seconds": statistics.median(times[name]), **iterations(model)}
@@ -157,14 +165,18 @@ def table(row: Row, report: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def memory_table(seed: int) -> str:
-    """Peak memory of a step, each row and contestant in a process of its own."""
+def memory_table(seed: int, device: str) -> str:
+    """Peak memory of a step; on the CPU each row and contestant in a process of its own."""
+
+    def peak(name: str, index: int) -> float:
+        if device != "cpu":  # a GPU counts what is allocated
+            return peak_memory(name, ROWS[index], seed, device)["MiB"]
+        return alone(name=name, row=index, seed=seed)["MiB"]
+
     names = [TEXTBOOK, *OPTIONS, *installed_torchdeq()]
     lines = ["**Peak memory of a step**, MiB above the network, its data and its libraries", ""]
     lines += [line(["", *(row.name for row in ROWS)]), "|" + " --- |" * (len(ROWS) + 1)]
-    for name in names:
-        peaks = (alone(name=name, row=index, seed=seed)["MiB"] for index in range(len(ROWS)))
-        lines.append(line([name, *(f"{peak:.0f}" for peak in peaks)]))
+    lines += [line([name, *(f"{peak(name, i):.0f}" for i in range(len(ROWS)))]) for name in names]
     return "\n".join(lines)
 
 
@@ -178,31 +190,34 @@ def main() -> None:
     )
     parser.add_argument("--rows", default="*", help="pattern of names, epoch and memory among them")
     parser.add_argument("--rounds", type=count, help="rounds (default: 7 to 30, by the row)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and digits (default: 0)")
+    parser.add_argument("--device", type=device, choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
     names = [*(row.name for row in ROWS), "epoch", "memory"]
     if not fnmatch.filter(names, args.rows):
         parser.error(f"no row matches {args.rows!r}: {', '.join(names)}")
-    where = machine.environment(torch.device("cpu"))
     print(
-        f"{where['processor']}, {amx()}, {where['threads']} threads, "
-        f"torch {where['versions']['torch']}, batch {BATCH}, medians of interleaved rounds\n"
+        f"{place(torch.device(args.device))}, torch {torch.__version__}, batch {BATCH}, "
+        "medians of interleaved rounds\n"
         "it: the step of the row; B: the bare kernels; iterations block by block\n"
     )
     for row in ROWS:
         if not fnmatch.fnmatch(row.name, args.rows):
             continue
-        images, _, _ = data.load(row.dataset, root="data", sample=True)
+        images, _, _ = data.load(row.dataset, sample=True, device=args.device)
         report = measure(row, images, args.seed, args.rounds)
         print(table(row, report), end="\n\n", flush=True)
     if fnmatch.fnmatch("epoch", args.rows):
-        turns = [(alone(name=TEXTBOOK, seed=s), alone(name="", seed=s)) for s in range(5)]
+        turns = [
+            [alone(name=name, seed=turn, device=args.device) for name in (TEXTBOOK, "")]
+            for turn in range(5)
+        ]
         print(epoch_table(turns), end="\n\n", flush=True)
     if fnmatch.fnmatch("memory", args.rows) and sys.platform == "linux":
-        print(memory_table(args.seed))
+        print(memory_table(args.seed, args.device))
 
 
-def epoch_table(turns: list[tuple[dict, dict]]) -> str:
+def epoch_table(turns: list[list[dict]]) -> str:
     """Medians of an epoch of the textbook and of this project, as a Markdown table."""
     lines = ["**An epoch of MNIST linear with its data**, 60,000 digits", ""]
     lines += ["| | s | ratio | peak MiB |", "| --- | --- | --- | --- |"]
@@ -214,10 +229,16 @@ def epoch_table(turns: list[tuple[dict, dict]]) -> str:
     return "\n".join(lines)
 
 
-def amx() -> str:
-    """What of the processor decides how much bfloat16 gains."""
+def place(device: torch.device) -> str:
+    """The machine, with what of its processor decides how much bfloat16 gains."""
+    where = machine.environment(device)
+    if device.type == "cuda":
+        tf32 = [name for name, used in where["tf32"].items() if used]
+        return f"{where['device_name']}, TF32 in {' and '.join(tf32) or 'nothing'}"
+    instructions = torch.backends.cpu.get_cpu_capability()
     probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return "unknown AMX" if probe is None else ("AMX" if probe() else "no AMX")
+    amx = "unknown AMX" if probe is None else ("AMX" if probe() else "no AMX")
+    return f"{where['processor']}, {instructions}, {amx}, {where['threads']} threads"
 
 
 if __name__ == "__main__":

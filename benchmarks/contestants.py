@@ -57,9 +57,9 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y:
 
 
 def trained(row: Row, images: data.ImageSet, seed: int) -> Network:
-    """The network of a row after its few training steps."""
+    """The network of a row after its few training steps, where the images are."""
     torch.manual_seed(seed)
-    network = build_network(row.network, row.activation, row.dataset)
+    network = build_network(row.network, row.activation, row.dataset).to(images.labels.device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=1.5e-2, fused=True)
     shuffle = torch.randperm(len(images))
     for step in range(row.training_steps):
@@ -69,10 +69,10 @@ def trained(row: Row, images: data.ImageSet, seed: int) -> Network:
 
 
 def contestant(name: str, row: Row, network: Network) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A model with the weights of ``network``, and its optimizer with learning rate 0."""
+    """A model with the weights of ``network``, where they are; its optimizer, learning rate 0."""
     if name in OPTIONS:
         model = build_network(row.network, row.activation, row.dataset, **OPTIONS[name])
-        model.load_state_dict(network.state_dict())
+        model.to(network.classifier.weight.device).load_state_dict(network.state_dict())
         return model, torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     if name == TEXTBOOK:
         model = textbook(network)

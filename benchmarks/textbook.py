@@ -126,7 +126,7 @@ def torchs_own(layer: nn.Module) -> nn.Module:
     if isinstance(layer, nn.Flatten):
         return nn.Flatten()
     if isinstance(layer, nn.BatchNorm2d):
-        plain = nn.BatchNorm2d(layer.num_features)
+        plain = nn.BatchNorm2d(layer.num_features, device=layer.weight.device)
         plain.load_state_dict(layer.state_dict())
         return plain
     return copy.deepcopy(layer)

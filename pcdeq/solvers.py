@@ -227,7 +227,7 @@ def _iterate(
             if len(pending) == check_every:
                 break
             z, spare = mix(fz, r)
-        if check_every > 1:  # ‖f(z)‖ with the same synchronisation, wanted or not
+        if not plain:  # all of them are wanted, with one synchronisation
             norms += map(_norm, pending)
         norms = _read(norms)
         sizes = norms[len(pending) :]
@@ -235,8 +235,8 @@ def _iterate(
             change = norms[k]
             iterations += 1
             z_norm += change
-            # Twice the tolerance, as norms are rounded; NaN is not above it.
-            if change > 2 * tol * (z_norm + EPSILON) and iterations < max_iter:
+            # A tenth more than the tolerance, as norms are rounded; NaN is not above it.
+            if change > 1.1 * tol * (z_norm + EPSILON) and iterations < max_iter:
                 continue
             size = sizes[k] if sizes else _norm(fz).item()
             residual = _relative(change, size)

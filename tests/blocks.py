@@ -20,6 +20,7 @@ both = pytest.mark.parametrize("kind", KINDS)
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 every_solver = pytest.mark.parametrize("solver", SOLVERS)
 every_precision = pytest.mark.parametrize("precision", PRECISIONS)
+every_device = pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
 
 
 def make(kind: str, activation: str = "tanh", *, root: float = 0.9, n: int = 5, **options) -> PcDEQ:
@@ -50,12 +51,12 @@ def run(block: PcDEQ, h: Tensor, probe: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 def exact(block: PcDEQ, h: Tensor, probe: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The same by a float64 solve at a tolerance of 1e-13."""
-    block = copy.deepcopy(block).double()
+    """The same by a float64 solve on the CPU at a tolerance of 1e-13."""
+    block = copy.deepcopy(block).double().cpu()
     block.deq.solver, block.deq.precision = "picard", "fp32"
     block.deq.tol, block.deq.max_iter = 1e-13, 5000
     return run(block, h.double(), probe.double())
 
 
 def distance(value: Tensor, reference: Tensor) -> float:
-    return ((value.double() - reference).norm() / reference.norm()).item()
+    return ((value.double().cpu() - reference).norm() / reference.norm()).item()

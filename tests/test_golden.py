@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from blocks import every_device
 
 import pcdeq
 from pcdeq.networks import DATASETS
@@ -49,16 +50,16 @@ def batch(case: dict, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.from_numpy(random.randint(0, 10, case["n"]))
 
 
-def train(case: dict, dtype: torch.dtype) -> SimpleNamespace:
+def train(case: dict, dtype: torch.dtype, device: str = "cpu") -> SimpleNamespace:
     """The four steps, and what was seen on the way."""
-    model = build(case).to(dtype)
+    model = build(case).to(device, dtype)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=case["lr"], weight_decay=case["weight_decay"]
     )
     seen = SimpleNamespace(model=model, losses=[], forward=[], backward=[], gradients={})
     for step in range(case["steps"]):
         x, y = batch(case, step)
-        loss = F.cross_entropy(model(x.to(dtype)), y)
+        loss = F.cross_entropy(model(x.to(device, dtype)), y.to(device))
         optimizer.zero_grad()
         loss.backward()
         if step == 0:
@@ -68,14 +69,14 @@ def train(case: dict, dtype: torch.dtype) -> SimpleNamespace:
         seen.losses.append(loss.item())
         seen.forward.append([b.deq.iter_forward for b in model.blocks])
         seen.backward.append([b.deq.iter_backward for b in model.blocks])
-    seen.logits = logits(model, batch(case, 1000)[0].to(dtype))
+    seen.logits = logits(model, batch(case, 1000)[0].to(device, dtype)).cpu()
     return seen
 
 
 @functools.cache
-def trained(name: str) -> SimpleNamespace:
-    """The case of that name trained in float64, once for all tests."""
-    return train(CASES[NAMES.index(name)], torch.float64)
+def trained(index: int, device: str) -> SimpleNamespace:
+    """A case trained in float64, once for all tests."""
+    return train(CASES[index], torch.float64, device)
 
 
 @torch.no_grad()
@@ -109,16 +110,18 @@ def test_first_loss_in_float32(case):
 
 
 @every_case
-def test_losses(case, request):
-    losses = trained(request.node.callspec.id).losses
+@every_device
+def test_losses(case, device):
+    losses = trained(CASES.index(case), device).losses
     tolerance = case["tolerance"]
     assert losses[0] == pytest.approx(case["losses"][0], rel=0, abs=tolerance["first_loss"])
     assert losses == pytest.approx(case["losses"], rel=0, abs=tolerance["losses"])
 
 
 @every_case
-def test_first_gradients(case, request):
-    gradients = trained(request.node.callspec.id).gradients
+@every_device
+def test_first_gradients(case, device):
+    gradients = trained(CASES.index(case), device).gradients
     assert gradients.keys() == case["first_grad_norm_and_sum"].keys()
     for name, (norm, total) in case["first_grad_norm_and_sum"].items():
         gradient = gradients[name]
@@ -132,15 +135,17 @@ def test_first_gradients(case, request):
 
 
 @every_case
-def test_iterations(case, request):
-    seen = trained(request.node.callspec.id)
+@every_device
+def test_iterations(case, device):
+    seen = trained(CASES.index(case), device)
     assert np.abs(np.subtract(seen.forward, case["forward_iters"])).max() <= 1
     assert np.abs(np.subtract(seen.backward, case["backward_iters"])).max() <= 1
 
 
 @every_case
-def test_evaluation_logits(case, request):
-    seen = trained(request.node.callspec.id)
+@every_device
+def test_evaluation_logits(case, device):
+    seen = trained(CASES.index(case), device)
     assert relative(seen.logits, case["eval_logits"]) < case["tolerance"]["eval_logits"]
 
 

@@ -1,5 +1,7 @@
 """The equilibrium's options: every solver and precision against a float64 solve."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from blocks import (
     both,
     distance,
     every_activation,
+    every_device,
     every_precision,
     every_solver,
     exact,
@@ -32,11 +35,12 @@ TOLERANCE = {"fp32": 1e-4, "mixed": 1e-4, "bf16": 2.0**-8}
 @every_activation
 @every_solver
 @every_precision
+@every_device
 @pytest.mark.parametrize("root", [0.6, 0.95])
-def test_every_option_gives_the_same_numbers(kind, activation, solver, precision, root):
+def test_every_option_gives_the_same_numbers(kind, activation, solver, precision, root, device):
     block = make(kind, activation, root=root, solver=solver, precision=precision)
     h, probe = signal(kind), torch.rand(SHAPES[kind])
-    z, gradients = run(block, h, probe)
+    z, gradients = run(block.to(device), h.to(device), probe.to(device))
     reference, exact_gradients = exact(block, h, probe)
     solves = block.deq.forward_solve, block.deq.backward_solve
     # A residual below tol leaves an error of ρ/(1 − ρ)·tol; a gradient has that of both solves.
@@ -98,15 +102,17 @@ def test_products_are_computed_in_the_precision_asked_for(kind, precision):
 @both
 @every_solver
 @every_precision
-def test_a_float64_model_computes_in_float64_whatever_the_option(kind, solver, precision):
+@every_device
+def test_a_float64_model_computes_in_float64_whatever_the_option(kind, solver, precision, device):
     block = make(kind, solver=solver, precision=precision, tol=1e-12, max_iter=1000).double()
     h, probe = signal(kind, torch.float64), torch.rand(SHAPES[kind], dtype=torch.float64)
     with Dtypes() as dtypes:
-        z, gradients = run(block, h, probe)
+        z, gradients = run(block.to(device), h.to(device), probe.to(device))
     assert set(dtypes.seen) == {torch.float64}
     reference, exact_gradients = exact(block, h, probe)
-    torch.testing.assert_close(z, reference, rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(gradients, exact_gradients, rtol=1e-8, atol=1e-9)
+    close = functools.partial(torch.testing.assert_close, check_device=False)
+    close(z, reference, rtol=1e-9, atol=1e-10)
+    close(gradients, exact_gradients, rtol=1e-8, atol=1e-9)
     assert block.deq.forward_solve.full == block.deq.iter_forward
     assert block.deq.backward_solve.full == block.deq.iter_backward
 

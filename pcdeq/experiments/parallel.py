@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,11 @@ from pcdeq.experiments.errors import RunError
 
 # How gloo and nccl put it when the other end is gone.
 _LOST = re.compile(r"gloo|nccl|connection|peer|socket|broken pipe", re.IGNORECASE)
+
+
+# What was reduced last. gloo's thread holds a tensor a moment longer than the call; as the last one
+# to hold it, it would have to enter the interpreter, and abort the process if that is ending.
+_REDUCED: deque[Tensor] = deque(maxlen=4)
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ class Processes:
             return list(values)
         numbers = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(numbers, operation)
+        _REDUCED.append(numbers)
         return numbers.tolist()
 
     def tell(self, value: Any) -> Any:

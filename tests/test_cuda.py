@@ -1,0 +1,157 @@
+"""What holds on a GPU alone; what holds everywhere is tested on each device where it stands."""
+
+import csv
+import json
+import math
+import re
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from blocks import both, every_precision, every_solver, make, run, signal
+from processes import ROOT, SCRIPT
+from processes import run as run_script
+
+import pcdeq
+from pcdeq import solvers
+from pcdeq.experiments import data
+from pcdeq.experiments.parallel import Processes
+from pcdeq.experiments.trainer import generator
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+def synchronisations(call) -> int:
+    """How often a call makes the host wait for the device, as torch counts it."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in seen)
+
+
+def reads(*solves: solvers.Solve) -> int:
+    """How often these solves read residuals."""
+    return sum(math.ceil(solve.iterations / solvers.CHECK_EVERY["cuda"]) for solve in solves)
+
+
+@both
+@every_solver
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_solve_waits_for_its_residuals_alone(kind, solver, precision):
+    block = make(kind, "relu6", root=0.9, solver=solver, precision=precision).cuda()
+    h, probe = signal(kind).cuda(), torch.rand(signal(kind).shape).cuda()
+    run(block, h, probe)  # the first one loads libraries
+    waits = synchronisations(lambda: run(block, h, probe))
+    solves = block.deq.forward_solve, block.deq.backward_solve
+    assert min(solve.iterations for solve in solves) > solvers.CHECK_EVERY["cuda"]
+    # Of plain steps it also reads ‖f(z)‖ where the rule may hold: at the end, a few times.
+    assert waits == reads(*solves) if solver == "anderson" else 0 < waits - reads(*solves) <= 8
+
+
+@both
+@every_solver
+@every_precision
+def test_reading_residuals_late_changes_nothing(kind, solver, precision, monkeypatch):
+    block = make(kind, "tanh", root=0.9, solver=solver, precision=precision).cuda()
+    h, probe = signal(kind).cuda(), torch.rand(signal(kind).shape).cuda()
+    late, _ = run(block, h, probe)
+    figures = block.deq.forward_solve, block.deq.backward_solve
+    monkeypatch.setitem(solvers.CHECK_EVERY, "cuda", 1)
+    at_once, _ = run(block, h, probe)
+    assert torch.equal(late, at_once)
+    for one, other in zip(
+        figures, (block.deq.forward_solve, block.deq.backward_solve), strict=True
+    ):
+        assert one.iterations == other.iterations
+        assert one.residual == pytest.approx(other.residual, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "net, activation", [("linear_pcdeq_1", "tanh"), ("multi_conv_pcdeq_2", "sigmoid")]
+)
+def test_a_step_waits_for_its_residuals_alone(net, activation):
+    images, _, _ = data.load("mnist", sample=True, device="cuda")
+    network = pcdeq.build_network(net, activation).cuda()
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    shuffle = torch.randperm(len(images), generator=generator("cpu", 1)).cuda()
+
+    def step():
+        x, y = images.batch(shuffle[:64])
+        optimizer.zero_grad()
+        F.cross_entropy(network(x), y).backward()
+        optimizer.step()
+        network.clamp()
+
+    step()
+    waits = synchronisations(step)
+    solves = [s for b in network.blocks for s in (b.deq.forward_solve, b.deq.backward_solve)]
+    assert 0 < waits - reads(*solves) <= 2 * len(solves)
+
+
+@both
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_autocast_changes_no_solve(kind, low):
+    block = make(kind, "sigmoid", root=0.9).cuda()
+    h, probe = signal(kind).cuda(), torch.rand(signal(kind).shape).cuda()
+    plain, plain_gradients = run(block, h, probe)
+    with torch.autocast("cuda", low):
+        cast, gradients = run(block, h, probe)
+    assert cast.dtype == torch.float32
+    torch.testing.assert_close(cast, plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients, plain_gradients, rtol=1e-3, atol=1e-4)
+
+
+def test_augmentation_is_the_same_for_the_same_seed():
+    images, _, _ = data.load("cifar", sample=True, augment=True, device="cuda")
+    one, other = (images.batch(slice(64), generator("cuda", 0, 1))[0] for _ in range(2))
+    assert one.device.type == "cuda" and torch.equal(one, other)
+
+
+def test_batch_norms_of_several_processes_are_synchronised_under_their_names():
+    network = pcdeq.build_network("multi_conv_pcdeq_1", "tanh").cuda()
+    names = list(network.state_dict())
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    kinds = [type(layer) for layer in network if "BatchNorm" in type(layer).__name__]
+    assert set(kinds) == {torch.nn.SyncBatchNorm} and len(kinds) == 6
+    assert list(network.state_dict()) == names
+    assert Processes(torch.device("cuda")).wrap(network) is network
+
+
+@pytest.mark.parametrize("net", ["linear_pcdeq_1", "multi_conv_pcdeq_2"])
+def test_a_run_stops_goes_on_and_is_evaluated_on_either_device(net, tmp_path):
+    flags = ["-net", net, "--sample", "--device", "cuda", "-m", "8", "--out", tmp_path]
+    for epochs in (1, 2):
+        status, _, err = run_script(SCRIPT, *flags, "-epochs", epochs, *["--resume"] * (epochs > 1))
+        assert (status, err) == (0, "")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["device_name"] == torch.cuda.get_device_name()
+    assert config["tf32"] == {
+        "matmul": torch.backends.cuda.matmul.allow_tf32,
+        "convolution": torch.backends.cudnn.allow_tf32,
+    }
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert float(rows[-1]["test_acc"]) > 80
+    for device in ("cuda", "cpu"):
+        flags = [tmp_path / "last.pth", "--sample", "--device", device]
+        status, out, err = run_script(ROOT / "evaluate.py", *flags)
+        assert (status, err) == (0, "")
+        accuracy = float(re.search(r"accuracy ([0-9.]+) %", out)[1])
+        assert accuracy == pytest.approx(float(rows[-1]["test_acc"]), abs=0.3)
+
+
+def test_certificates_hold_on_the_device_too():
+    network = pcdeq.build_network("linear_pcdeq_1", "tanh").cuda().eval()
+    images, _, _ = data.load("mnist", sample=True, device="cuda")
+    x, _ = images.batch(slice(16))
+    (ours,) = pcdeq.certify(network, x)
+    (theirs,) = pcdeq.certify(network.cpu(), x.cpu())
+    assert ours.holds and ours.lower.device.type == "cuda"
+    torch.testing.assert_close(ours.lower.cpu(), theirs.lower, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours.upper.cpu(), theirs.upper, rtol=0, atol=1e-6)
