@@ -42,7 +42,7 @@ from pcdeq.experiments import data, machine
 from pcdeq.experiments.flags import count, device
 
 BARE = "bare kernels"
-STEPS = 10  # in a row, on a GPU
+STEPS, ROUNDS = 10, 5  # on a GPU: in a row, and of those
 
 
 class Evaluated(nn.Module):
@@ -117,7 +117,7 @@ def measure(row: Row, images: data.ImageSet, seed: int, rounds: int | None) -> d
         calls[name] = (functools.partial(train_step, model, optimizer, batch, y), 1)
     bare = bare_kernels(row, network, x, y)
     times: dict[str, list[float]] = {name: [] for name in (*calls, *bare)}
-    rounds = rounds or row.rounds
+    rounds = rounds or (ROUNDS if x.is_cuda else row.rounds)
     for turn in range(rounds + 2):
         for name, (call, _) in (calls | bare).items():
             spent = seconds(call, STEPS if x.is_cuda else row.steps, x.device)
@@ -189,7 +189,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", default="*", help="pattern of names, epoch and memory among them")
-    parser.add_argument("--rounds", type=count, help="rounds (default: 7 to 30, by the row)")
+    parser.add_argument("--rounds", type=count, help="rounds (default: 5 to 30, by the row)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and digits (default: 0)")
     parser.add_argument("--device", type=device, choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()

@@ -8,16 +8,18 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from blocks import both, every_precision, every_solver, make, run, signal
-from processes import ROOT, SCRIPT
+from processes import ROOT, SCRIPT, free_port
 from processes import run as run_script
 
 import pcdeq
 from pcdeq import solvers
 from pcdeq.experiments import data
 from pcdeq.experiments.parallel import Processes
-from pcdeq.experiments.trainer import generator
+from pcdeq.experiments.runs import RunConfig
+from pcdeq.experiments.trainer import Trainer, generator
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -120,6 +122,25 @@ def test_batch_norms_of_several_processes_are_synchronised_under_their_names():
     assert set(kinds) == {torch.nn.SyncBatchNorm} and len(kinds) == 6
     assert list(network.state_dict()) == names
     assert Processes(torch.device("cuda")).wrap(network) is network
+
+
+def test_a_process_of_two_trains_through_nccl():
+    """The other one is missing from the group, and its part from each batch: one GPU takes one."""
+    address = f"tcp://127.0.0.1:{free_port()}"
+    dist.init_process_group("nccl", init_method=address, rank=0, world_size=1)
+    try:
+        processes = Processes(torch.device("cuda", 0), rank=0, world=2)
+        network = pcdeq.build_network("multi_conv_pcdeq_1", "tanh").cuda()
+        images, _, _ = data.load("mnist", sample=True, device="cuda")
+        config = RunConfig("mnist", "multi_conv_pcdeq_1", "tanh", 1e-3, 2, 1.5e-2, 128, 1)
+        trainer = Trainer(network, images, config, processes)
+        rows = [trainer.epoch(epoch) for epoch in (1, 2)]
+        processes.agree(network)
+        assert processes.tell("said") == "said" and processes.sum(1.5, 2) == [1.5, 2]
+    finally:
+        dist.destroy_process_group()
+    assert rows[1]["train_loss"] < rows[0]["train_loss"]
+    assert all((block.deq.f.W.weight() >= 0).all() for block in network.blocks)
 
 
 @pytest.mark.parametrize("net", ["linear_pcdeq_1", "multi_conv_pcdeq_2"])

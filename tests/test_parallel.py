@@ -78,6 +78,16 @@ def test_without_torchrun_there_is_one_process():
         assert processes.wrap(network) is network
 
 
+@pytest.mark.parametrize("name, index", [("cuda", 0), ("cuda:0", 0), ("cuda:2", 2)])
+def test_a_gpu_without_a_number_is_the_first(name, index, monkeypatch):
+    """``torch.cuda.set_device`` refuses a device that has none."""
+    chosen = []
+    monkeypatch.setattr(parallel.torch, "zeros", lambda *_, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with join(name) as processes:
+        assert processes.device == chosen[0] == torch.device("cuda", index)
+
+
 def test_what_cannot_be_used_is_said_in_a_sentence(monkeypatch):
     with pytest.raises(RunError, match=r"device meta:3|device cuda:77"), join("cuda:77"):
         pass

@@ -139,8 +139,8 @@ def join(device: str) -> Iterator[Processes]:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     place = torch.device(device)
-    if world > 1 and place.type == "cuda":
-        place = torch.device("cuda", local_rank)
+    if place.type == "cuda":
+        place = torch.device("cuda", local_rank if world > 1 else place.index or 0)
     try:
         torch.zeros(1, device=place)
         if place.type == "cuda":
