@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcdeq.processor import AMD
+from pcdeq.processor import AMD_AVX512
 
 try:
     import numpy as np
@@ -27,7 +27,7 @@ except ImportError:  # torch works without it
 # Where tanh is numpy's, which is vectorised. Measured with one and two threads.
 NUMPY = np is not None and "AVX" in torch.backends.cpu.get_cpu_capability()
 LARGE = 2**16  # elements, from where on torch's threads make up for it
-FEW = 4 if AMD else 0  # threads, up to which they do not
+FEW = 4 if AMD_AVX512 else 0  # threads, up to which they do not
 
 
 @dataclass(frozen=True)

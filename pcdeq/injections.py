@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pcdeq.processor import AMD
+from pcdeq.processor import AMD_AVX512
 
 BETA = 5.0
 IDENTITY = 40.0  # βh from where on log(1 + e^{βh}) is βh to all digits, of float64 too
@@ -31,7 +31,7 @@ class _Softplus(torch.autograd.Function):
     def forward(ctx, h: Tensor) -> Tensor:
         ctx.save_for_backward(h)
         # Older versions of torch for Apple's GPUs take log(1 + e^{βh}) as it stands.
-        passes = (AMD and h.device.type == "cpu") or h.device.type == "mps"
+        passes = (AMD_AVX512 and h.device.type == "cpu") or h.device.type == "mps"
         x = _by_passes(h) if passes else F.softplus(h, BETA, IDENTITY)
         return x.clamp_(min=smallest_positive(h.dtype, h.device.type))
 
@@ -43,7 +43,7 @@ class _Softplus(torch.autograd.Function):
 
 
 def _by_passes(h: Tensor) -> Tensor:
-    """softplus without log1p, which is slow on AMD's processors and inexact on Apple's GPUs.
+    """softplus without log1p, which is slow on some processors and inexact on Apple's GPUs.
 
     softplus(h) = max(h, 0) + log1p(u)/β with u = e^{−β|h|}, and log1p(u) = log(w) + (u − (w − 1))/w
     for w = 1 + u as rounded, whose second term gives back what the rounding took: as accurate.

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pcdeq.activations import Activation
+from pcdeq.processor import BFLOAT16
 
 
 def _convolution_plus() -> Callable[..., Tensor] | None:
     """oneDNN's convolution that adds a tensor before it rounds; torch's compiler uses it."""
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     convolution = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
-    return convolution.binary if convolution and supported and supported() else None
+    return convolution.binary if convolution and BFLOAT16 else None
 
 
 CONVOLUTION_PLUS = _convolution_plus()  # in bfloat16, where the processor has it

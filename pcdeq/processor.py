@@ -1,10 +1,12 @@
-"""Which processor this is: the fastest of several kernels depends on its maker.
+"""What the processor is good at: which of several kernels is the fastest depends on it.
 
-On AMD's processors torch's tanh and log1p in float32 are slow, on Intel's they are not (measured on
-a Zen 4 and on a Xeon with AMX).
+Measured on a Xeon with AMX, a Zen 4 (AVX-512) and a Zen 3 (AVX2): torch's AVX-512 kernels of tanh
+and log1p in float32 are slow on an AMD, and on an Intel they are not; nor are its AVX2 kernels.
 """
 
 from pathlib import Path
+
+import torch
 
 
 def _is_amd() -> bool:
@@ -16,4 +18,11 @@ def _is_amd() -> bool:
         return False
 
 
-AMD = _is_amd()
+def _has_bfloat16() -> bool:
+    """Whether oneDNN, torch's library of products, has kernels in bfloat16 for this processor."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is not None and supported()
+
+
+AMD_AVX512 = _is_amd() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+BFLOAT16 = _has_bfloat16()

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from processes import run as run_script
 import pcdeq
 from pcdeq import solvers
 from pcdeq.experiments import data
+from pcdeq.experiments.certifying import robust_accuracy
 from pcdeq.experiments.parallel import Processes
 from pcdeq.experiments.runs import RunConfig
 from pcdeq.experiments.trainer import Trainer, generator
@@ -172,6 +174,9 @@ def test_certificates_hold_on_the_device_too():
     images, _, _ = data.load("mnist", sample=True, device="cuda")
     x, _ = images.batch(slice(16))
     (ours,) = pcdeq.certify(network, x)
+    few = replace(images, images=images.images[:16], labels=images.labels[:16])
+    (row,) = robust_accuracy(network, few, [0.001], steps=2)
+    assert row["certified"] <= row["attacked"] and row["contradictions"] == 0
     (theirs,) = pcdeq.certify(network.cpu(), x.cpu())
     assert ours.holds and ours.lower.device.type == "cuda"
     torch.testing.assert_close(ours.lower.cpu(), theirs.lower, rtol=0, atol=1e-6)

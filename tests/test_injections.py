@@ -12,7 +12,7 @@ both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 @pytest.fixture(autouse=True, params=[True, False], ids=["AMD", "others"])
 def processor(request, monkeypatch):
-    monkeypatch.setattr(injections, "AMD", request.param)
+    monkeypatch.setattr(injections, "AMD_AVX512", request.param)
 
 
 @both_dtypes

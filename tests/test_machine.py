@@ -53,3 +53,13 @@ def test_a_linear_network_has_one_thread_unless_others_are_asked_for(
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_emulated_bfloat16_is_warned_of(bfloat16, monkeypatch):
+    monkeypatch.setattr(machine, "BFLOAT16", bfloat16)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    for precision in ("mixed", "bf16"):
+        warning = machine.precision_warning(precision, cpu)
+        assert warning == "" if bfloat16 else f"--precision {precision} takes longer" in warning
+    assert not machine.precision_warning("fp32", cpu) + machine.precision_warning("bf16", gpu)

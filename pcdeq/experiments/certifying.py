@@ -186,7 +186,7 @@ def robust_accuracy(
         x, labels = images.batch(batch)
         for radius, count in counts.items():
             lower, upper = boxes(images, batch, radius)
-            proved = robust(model, lower, upper, labels)
+            proved = robust(model, lower, upper, labels).to(x.device)  # boxes are on the CPU
             corners = (corner.to(x.device, x.dtype) for corner in (lower, upper))
             broken = ~(attack(model, x, *corners, labels, steps=steps).margin > 0)
             count["certified"] += int(proved.sum())

@@ -65,6 +65,8 @@ def _report(model: Network, images: data.ImageSet, flags: argparse.Namespace) ->
         f"on {where['device_name']}, {where['threads']} thread(s); "
         f"{flags.solver}, {flags.precision}, tolerance {tolerance:g}"
     )
+    if warning := machine.precision_warning(flags.precision, torch.device(flags.device)):
+        print(warning)
     certifying.warn_of_negative_weights(model)
     origin = " (the sample: from MNIST's training set)" * flags.sample
     test = evaluate(model, images, flags.batch_size)

@@ -76,6 +76,8 @@ def train(config: RunConfig) -> RunResult:
             f"{processes.world} × {where['threads']} threads\n"
             f"{len(trainer.images):,} training and {len(test_set):,} test images ({config.data})"
         )
+        if warning := machine.precision_warning(config.precision, processes.device):
+            say(warning)
         if checkpoint and not (run.folder / BEST).exists():
             say(f"{BEST} is gone: the first epoch that is better than all before writes it again")
         if len(result.rows) < config.epochs:
