@@ -84,10 +84,12 @@ def certify(model: nn.Module, x: Tensor, rate_steps: int = RATE_STEPS) -> list[C
         One certificate for each block.
 
     Raises:
-        ValueError: the batch is empty.
+        ValueError: the batch is empty, or the model has no pcDEQ block.
     """
     if not len(x):
         raise ValueError("there is no sample in the batch: nothing to certify")
+    if not any(isinstance(module, PcDEQ) for module in model.modules()):
+        raise ValueError("the model has no pcDEQ block: nothing to certify")
     with torch.no_grad(), full_float32():
         return [
             _certify_block(name, block, x, z, rate_steps) for name, block, x, z in _visits(model, x)

@@ -36,6 +36,7 @@ class Network(nn.Sequential):
         dataset: ``"mnist"``, ``"svhn"`` or ``"cifar"``: the shape of its images.
         augment: whether it is the wider network for augmented CIFAR-10.
         classes: number of outputs.
+        class_names: of the outputs, in their order, where the training images had any.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Network(nn.Sequential):
         self.dataset = dataset
         self.augment = augment
         self.classes = classes
+        self.class_names: tuple[str, ...] = ()
         self.to(memory_format=torch.channels_last)
 
     def __getitem__(self, index: int | slice) -> nn.Module:

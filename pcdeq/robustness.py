@@ -65,7 +65,7 @@ def robust(model: nn.Sequential, lower: Tensor, upper: Tensor, target: Tensor) -
         ``SLACK`` on the whole box. False means: not proved.
 
     Raises:
-        TypeError: a layer has no interval image here.
+        TypeError: the model is no ``nn.Sequential``, or a layer has no interval image here.
         ValueError: a lower corner is above the upper one, or a target is no class.
     """
     *features, classifier = _layers(model)
@@ -96,6 +96,8 @@ def logit_bounds(model: nn.Sequential, lower: Tensor, upper: Tensor) -> Box:
 
 
 def _layers(model: nn.Sequential) -> Iterator[nn.Module]:
+    if not isinstance(model, nn.Sequential):
+        raise TypeError(f"the model must be an nn.Sequential, not {type(model).__name__}")
     for layer in model:
         if isinstance(layer, nn.Sequential):
             yield from _layers(layer)

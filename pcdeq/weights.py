@@ -1,9 +1,10 @@
 """Reading trained weights, this project's and the authors': verified, or refused with a reason.
 
 A checkpoint of this project is a dict: what the network is (``network, activation, dataset,
-augment, classes``) and its state dict (``model``). The authors' checkpoints are bare state dicts
-with the same keys. Nothing in a file is executed (``weights_only=True``), and its checksums are
-verified first: ``torch.load`` does not, and loads flipped bits as silently wrong weights.
+augment, classes``, and ``class_names`` where there are any) and its state dict (``model``). The
+authors' checkpoints are bare state dicts with the same keys. Nothing in a file is executed
+(``weights_only=True``), and its checksums are verified first: ``torch.load`` does not, and loads
+flipped bits as silently wrong weights.
 """
 
 import os
@@ -11,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pcdeq.networks import Network, build_network
 
@@ -95,7 +96,7 @@ def load_weights(model: Network, path: str | os.PathLike) -> None:
         mine, theirs = describe(model), _identity(content, path)
         if mine != theirs:
             raise CheckpointError(f"{path} holds {_sentence(theirs)}, not {_sentence(mine)}")
-    _load_state(model, content.get("model", content), path)
+    _load_state(model, content, path)
 
 
 def load_network(
@@ -151,7 +152,7 @@ def load_network(
         model = build_network(*(identity[key] for key in IDENTITY), **solver_options)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} holds no network of this collection: {error}") from error
-    _load_state(model, state, path)
+    _load_state(model, content, path)
     return model.eval()
 
 
@@ -171,10 +172,15 @@ def _identity(content: dict, path: str | os.PathLike) -> dict:
     identity = {key: content.get(key) for key in IDENTITY}
     if any(type(identity[key]) is not kind for key, kind in IDENTITY.items()):
         raise CheckpointError(f"{path} does not say which network it holds")
+    names = content.get("class_names", [])
+    whole = type(names) is list and all(type(name) is str for name in names)
+    if not whole or len(names) not in (0, identity["classes"]):
+        raise CheckpointError(f"{path} does not name its {identity['classes']} classes")
     return identity
 
 
-def _load_state(model: nn.Module, state: dict, path: str | os.PathLike) -> None:
+def _load_state(model: Network, content: dict, path: str | os.PathLike) -> None:
+    state = content.get("model", content)
     mine = model.state_dict()
     missing, foreign = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
     shapes = [key for key in mine.keys() & state.keys() if mine[key].shape != state[key].shape]
@@ -189,6 +195,8 @@ def _load_state(model: nn.Module, state: dict, path: str | os.PathLike) -> None:
     if broken := [key for key, value in state.items() if not value.double().isfinite().all()]:
         raise CheckpointError(f"{path} is of no use: its {min(broken)} is not finite")
     model.load_state_dict(state)
+    if "model" in content:
+        model.class_names = tuple(content.get("class_names", ()))
 
 
 def _sentence(identity: dict) -> str:

@@ -220,6 +220,8 @@ def test_histories_fall_at_the_certified_rate(name, activation):
             assert ratio < h.rate * 1.02
 
 
-def test_an_empty_batch_is_refused():
+def test_what_has_nothing_to_certify_is_refused():
     with pytest.raises(ValueError, match="no sample"):
         certify(nn.Sequential(PcDEQLinear(3)), torch.rand(0, 3))
+    with pytest.raises(ValueError, match="no pcDEQ block"):
+        certify(nn.Linear(3, 3), torch.rand(2, 3))

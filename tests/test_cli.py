@@ -89,6 +89,7 @@ def test_every_flag_arrives(flags):
         solver="anderson", precision="mixed", tol=1e-3, max_iter=50, certify=True,
     )  # fmt: skip
     assert command("svhn", "--sample", "--resume").resume
+    assert command("svhn", "--sample", "--out=~/x").out == str(Path.home() / "x")
 
 
 # What is wrong is said before any data is read
@@ -255,7 +256,7 @@ def test_a_reader_that_goes_away_sees_no_traceback(tmp_path):
     ) as process:
         process.stdout.readline()
         process.stdout.close()
-        assert process.stderr.read() == b"error: whoever read the output has gone\n"
+        assert process.stderr.read().startswith(b"error: whoever read the output has gone; ")
     assert process.returncode == 1
 
 

@@ -157,3 +157,12 @@ def test_an_unknown_data_set_is_refused_with_the_list():
         ValueError, match="unknown data set 'cifar10': choose from mnist, svhn, cifar"
     ):
         load("cifar10", sample=True)
+
+
+def test_some_images_are_the_first_and_of_folders_from_all_over():
+    images, labels = torch.arange(9, dtype=torch.uint8).view(9, 1, 1, 1), torch.arange(9) // 3
+    plain = ImageSet(images, labels, (0.0,), (1.0,))
+    folders = ImageSet(images, labels, (0.0,), (1.0,), class_names=("a", "b", "c"))
+    assert plain.some(4).images.flatten().tolist() == [0, 1, 2, 3]
+    assert folders.some(3).labels.tolist() == [0, 1, 2]
+    assert plain.some(None) is plain and folders.some(9) is folders

@@ -71,7 +71,7 @@ def test_result_figures_show_the_means_and_the_spread_over_seeds(tmp_path, drawn
     assert "tanh † (n = 1)" in lines(drawn[2].axes[0])
 
 
-def test_run_figures_show_the_metrics(tmp_path, drawn):
+def test_run_figures_show_the_metrics(tmp_path, drawn, capsys):
     made_up_run(tmp_path / "a", LINEAR)
     made_up_run(tmp_path / "b", LINEAR, seed=1, ran=1)
     paths = run_figures([tmp_path / "a", tmp_path / "b"], tmp_path / "figures")
@@ -83,6 +83,8 @@ def test_run_figures_show_the_metrics(tmp_path, drawn):
     assert drawn[1].axes[0].get_lines()[1].get_ydata()[-1] == 9.0
     with pytest.raises(RunError, match="no run with a complete epoch"):
         run_figures([tmp_path / "nowhere"], tmp_path / "figures")
+    run_figures([tmp_path / "nowhere", tmp_path / "a"], tmp_path / "figures")
+    assert "nowhere is no run with a complete epoch" in capsys.readouterr().out
 
 
 def test_the_certified_rate_is_a_line_of_that_slope_above_the_tail(tmp_path, drawn):

@@ -3,6 +3,7 @@
 import re
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,10 @@ from torchvision import datasets, transforms
 from pcdeq.experiments import data
 from pcdeq.experiments.data import load
 from pcdeq.experiments.errors import DataError
+from pcdeq.experiments.runs import RunConfig
+from pcdeq.experiments.training import train
 from pcdeq.networks import DATASETS, build_network
+from pcdeq.weights import load_network
 
 RNG = np.random.default_rng(0)
 
@@ -96,6 +100,20 @@ def test_classes_must_be_the_same(tmp_path):
     (tmp_path / "test" / "b").rename(tmp_path / "test" / "c")
     with pytest.raises(DataError, match="same classes; only one of them has b, c"):
         load("cifar", image_folder=tmp_path)
+
+
+def test_a_network_knows_the_names_of_its_classes(tmp_path):
+    write_images(tmp_path / "pets", {"cat": 4, "dog": 4})
+    config = RunConfig("svhn", "multi_conv_pcdeq_1", "tanh", 1e-3, 1, 0.0, 4, 1)
+    config = replace(config, image_folder=str(tmp_path / "pets"), out=str(tmp_path / "run"))
+    train(config)
+    network = load_network(tmp_path / "run" / "best.pth")
+    assert network.class_names == ("cat", "dog")
+    images = data.test_set(network, image_folder=tmp_path / "pets")
+    assert images.class_names == ("cat", "dog")
+    write_images(tmp_path / "others", {"cat": 2, "emu": 2})
+    with pytest.raises(DataError, match="trained on: only one of them has dog, emu"):
+        data.test_set(network, image_folder=tmp_path / "others")
 
 
 def test_one_class_is_none(tmp_path):

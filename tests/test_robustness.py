@@ -228,6 +228,8 @@ def test_what_it_does_not_know_it_refuses():
         robust(nn.Sequential(nn.Tanh(), nn.Linear(4, 2)), x, x, torch.tensor([0, 1]))
     with pytest.raises(TypeError, match="last layer must be"):
         robust(nn.Sequential(nn.Linear(4, 2), nn.Flatten()), x, x, torch.tensor([0, 1]))
+    with pytest.raises(TypeError, match=r"must be an nn\.Sequential, not Linear"):
+        robust(nn.Linear(4, 2), x, x, torch.tensor([0, 1]))
     for conv in (nn.Conv2d(2, 2, 3, dilation=2), nn.Conv2d(2, 2, 3, padding="same")):
         with pytest.raises(TypeError, match="no interval image is known for Conv2d"):
             image(conv, Box(torch.rand(1, 2, 8, 8).double(), torch.rand(1, 2, 8, 8).double()))

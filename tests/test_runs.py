@@ -205,10 +205,21 @@ def test_best_is_the_first_of_the_highest(tmp_path):
     assert bests == [1, 1, 3, 3]
 
 
-def test_overwriting_leaves_nothing_of_the_old_run(finished):
-    (finished.folder / "notes.txt").write_text("mine")
-    Run(replace(finished, overwrite=True)).begin(HERE)
-    assert sorted(os.listdir(finished.folder)) == ["config.json", "notes.txt"]
+def test_overwriting_keeps_the_old_run_until_there_is_an_epoch_and_then_nothing_of_it(finished):
+    for name in ("notes.txt", runs.CERTIFICATES):
+        (finished.folder / name).write_text("mine")
+    before = {path.name: path.read_bytes() for path in finished.folder.iterdir()}
+    new = replace(finished, overwrite=True, lr=0.25)
+    run = Run(new)
+    run.begin(HERE)
+    assert {path.name: path.read_bytes() for path in finished.folder.iterdir()} == before
+    assert "holds the run that was there" in run.kept(0)
+    for accuracies in ([1.0], [1.0, 0.5]):
+        run.save(checkpoint_of(new, accuracies))
+        assert runs.read_config(finished.folder)["lr"] == 0.25
+        assert metrics(finished.folder) == list(enumerate(accuracies, 1))
+    names = sorted([runs.CONFIG, runs.METRICS, runs.BEST, runs.LAST, "notes.txt"])
+    assert sorted(os.listdir(finished.folder)) == names
 
 
 def test_what_a_kill_left_half_written_goes(finished):

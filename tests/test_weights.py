@@ -236,6 +236,9 @@ LINEAR = {"network": "linear_pcdeq_1", "activation": "tanh", "dataset": "mnist",
         {**LINEAR, "classes": 10, "network": "resnet18"},
         {**LINEAR, "classes": 10, "dataset": {}},
         {**LINEAR, "classes": 10, "augment": "no"},
+        {**LINEAR, "classes": 10, "class_names": ["cat", "dog"]},
+        {**LINEAR, "classes": 10, "class_names": [0] * 10},
+        {**LINEAR, "classes": 10, "class_names": 10},
     ],
 )
 def test_an_identity_that_is_none_is_refused(identity, tmp_path):

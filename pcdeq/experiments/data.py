@@ -12,7 +12,7 @@ md5 sum before it is read), anyone's folders of images, or 5,000 digits that the
 import functools
 import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,7 @@ class ImageSet:
         mean: subtracted from pixels in [0, 1], per channel.
         std: what they are divided by then, per channel.
         augment: each image of each batch gets its own random crop (padding 4) and flip.
+        class_names: of anyone's folders, in the order of the labels; of other sets none.
     """
 
     images: Tensor
@@ -49,6 +50,7 @@ class ImageSet:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: bool = False
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # As whole images (1, C, H, W): broadcasting over the batch alone is five times as fast.
@@ -66,6 +68,16 @@ class ImageSet:
         pixels = self.images.permute(0, 2, 3, 1)  # in the order of their memory, as a rule
         pixels, labels = (t.cpu().contiguous().numpy() for t in (pixels, self.labels))
         return zlib.crc32(labels, zlib.crc32(pixels))
+
+    def some(self, count: int | None) -> "ImageSet":
+        """The first so many images, all if ``None``; of folders, which stand there class by class,
+        so many at equal distances."""
+        if count is None or count >= len(self):
+            return self
+        chosen = torch.arange(count, device=self.labels.device)
+        if self.class_names:
+            chosen = chosen * len(self) // count
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
     def batch(
         self, indices: slice | Tensor, generator: torch.Generator | None = None
@@ -148,19 +160,24 @@ def load(
     # Readers are imported late: torchvision takes longer than reading the sample.
     check_dataset(dataset)
     shape = DATASETS[dataset]
+    names: tuple[str, ...] = ()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of numpy and PIL about how torchvision calls them
         if sample:
-            train, test, classes = *_sample(shape), 10
+            train, test = _sample(shape)
         elif image_folder is not None:
             from pcdeq.experiments.folders import image_folders
 
-            train, test, classes = image_folders(Path(image_folder), shape)
+            train, test, names = image_folders(Path(image_folder), shape)
         else:
             from pcdeq.experiments.genuine import SOURCES, genuine
 
-            train, test, classes = *genuine(SOURCES[dataset](Path(root))), 10
-    return _image_set(train, dataset, device, augment), _image_set(test, dataset, device), classes
+            train, test = genuine(SOURCES[dataset](Path(root)))
+    return (
+        _image_set(train, dataset, device, augment, names),
+        _image_set(test, dataset, device, False, names),
+        len(names) or 10,
+    )
 
 
 def test_set(
@@ -174,7 +191,8 @@ def test_set(
     """The test set for a trained network; arguments as for ``load``. Of folders only ``test/``.
 
     Raises:
-        DataError: also where the images have another number of classes than the network.
+        DataError: also where the images have other classes than the network, by their number or, as
+            far as both are known, by their names.
     """
     if network.classes != 10 and image_folder is None:
         raise DataError(
@@ -182,28 +200,34 @@ def test_set(
             "name the folder of its images with --image-folder"
         )
     if image_folder is not None:
-        from pcdeq.experiments.folders import test_folder
+        from pcdeq.experiments.folders import shortened, test_folder
 
-        labelled, classes = test_folder(Path(image_folder), DATASETS[network.dataset])
-        images = _image_set(labelled, network.dataset, device)
-    else:
-        _, images, classes = load(network.dataset, root=root, sample=sample, device=device)
-    if classes != network.classes:
-        raise DataError(f"the network is for {network.classes} classes, the images have {classes}")
-    return images
+        labelled, names = test_folder(Path(image_folder), DATASETS[network.dataset])
+        if len(names) != network.classes:
+            raise DataError(
+                f"the network is for {network.classes} classes, the images have {len(names)}"
+            )
+        if differing := sorted(set(names) ^ set(network.class_names or names)):
+            raise DataError(
+                f"{image_folder}/test has other classes than those the network was trained on: "
+                f"only one of them has {shortened(differing)}"
+            )
+        return _image_set(labelled, network.dataset, device, False, names)
+    return load(network.dataset, root=root, sample=sample, device=device)[1]
 
 
 def _image_set(
     labelled: tuple[Tensor, Tensor],
     dataset: str,
     device: str | torch.device,
-    augment: bool = False,
+    augment: bool,
+    class_names: tuple[str, ...],
 ) -> ImageSet:
     """Images uint8 (N, C, H, W) and labels int64 (N,) as they are kept."""
     images, labels = labelled
     memory = torch.channels_last if images.shape[1] > 1 else torch.contiguous_format
     images = images.to(device).contiguous(memory_format=memory)
-    return ImageSet(images, labels.to(device), *NORMALISATION[dataset], augment)
+    return ImageSet(images, labels.to(device), *NORMALISATION[dataset], augment, class_names)
 
 
 def _sample(shape: tuple[int, int, int]) -> list[tuple[Tensor, Tensor]]:

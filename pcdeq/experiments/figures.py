@@ -171,17 +171,21 @@ def run_figures(folders: Sequence[str | Path], directory: str | Path) -> list[Pa
         directory: where the figures go, as PNG and PDF.
 
     Returns:
-        The PNG files written.
+        The PNG files written. A folder without a complete epoch is left out, with a printed line.
 
     Raises:
-        RunError: no run there, or no complete epoch; two of one name; no matplotlib.
+        RunError: no complete epoch in any of them; two of one name; no matplotlib.
     """
-    runs = {}
+    runs, empty = {}, []
     for name, folder in distinct(map(Path, folders), lambda path: path.resolve().name).items():
-        rows = read_metrics(folder)
-        if not rows:
-            raise RunError(f"{folder} is no run with a complete epoch")
-        runs[name] = {key: [row[key] for row in rows] for key in rows[0]}
+        if rows := read_metrics(folder):
+            runs[name] = {key: [row[key] for row in rows] for key in rows[0]}
+        else:
+            empty.append(f"{folder} is no run with a complete epoch")
+    if not runs:
+        raise RunError("; ".join(empty))
+    for sentence in empty:
+        print(f"left out: {sentence}")
     curves, iterations = Path(directory) / "curves", Path(directory) / "iterations"
     with drawing(curves, COLUMN, 4.2) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True)
@@ -216,9 +220,10 @@ def _pair(axis: Axes, runs: dict, solid: str, dashed: str, label: str) -> None:
     """Two columns of each run's metrics: one solid, one dashed."""
     for number, (name, columns) in enumerate(runs.items()):
         look = {"color": COLOURS[number % len(COLOURS)]}
-        look |= {"marker": "o", "markersize": 3} if len(columns["epoch"]) == 1 else {}
+        hollow = {"markerfacecolor": "none"}
+        look |= {"marker": "o", "markersize": 4} if len(columns["epoch"]) == 1 else {}
         axis.plot(columns["epoch"], columns[solid], label=name, **look)
-        axis.plot(columns["epoch"], columns[dashed], linestyle=DASHES[2], **look)
+        axis.plot(columns["epoch"], columns[dashed], linestyle=DASHES[2], **look, **hollow)
     axis.set_ylabel(label)
 
 

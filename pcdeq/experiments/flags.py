@@ -123,9 +123,10 @@ positive = _number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
 
 
 def folder(name: str) -> str:
-    """A folder's name: an unset variable of the shell does not mean this one."""
+    """A folder's name: an unset variable of the shell does not mean this one, ``~`` is home."""
     if not name.strip():
         raise argparse.ArgumentTypeError("the name is empty")
+    name = os.path.expanduser(name)  # the shell leaves --out=~/run as it is
     if os.path.isfile(name):
         raise argparse.ArgumentTypeError(f"{name} is a file, not a folder")
     return name

@@ -1,6 +1,7 @@
 """Anyone's images: a folder for each class, read once, by several threads."""
 
 import warnings
+from collections.abc import Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from pcdeq.experiments.errors import DataError
 Labelled = tuple[Tensor, Tensor]  # images uint8 (N, C, H, W), labels int64 (N,)
 
 
-def image_folders(folder: Path, shape: tuple[int, int, int]) -> tuple[Labelled, Labelled, int]:
-    """The training and the test set, and the number of classes.
+def image_folders(
+    folder: Path, shape: tuple[int, int, int]
+) -> tuple[Labelled, Labelled, tuple[str, ...]]:
+    """The training and the test set, and the names of the classes in the order of their labels.
 
     Args:
         folder: with ``train/<class>/*`` and ``test/<class>/*``.
@@ -32,15 +35,15 @@ def image_folders(folder: Path, shape: tuple[int, int, int]) -> tuple[Labelled, 
     if differing := sorted(set(train.classes) ^ set(test.classes)):
         raise DataError(
             f"{folder}: train/ and test/ must hold the same classes; only one of them has "
-            f"{_shortened(differing)}"
+            f"{shortened(differing)}"
         )
-    return _decode(train, shape), _decode(test, shape), len(train.classes)
+    return _decode(train, shape), _decode(test, shape), tuple(train.classes)
 
 
-def test_folder(folder: Path, shape: tuple[int, int, int]) -> tuple[Labelled, int]:
-    """The test set alone, and the number of classes; arguments and errors as above."""
+def test_folder(folder: Path, shape: tuple[int, int, int]) -> tuple[Labelled, tuple[str, ...]]:
+    """The test set alone, and the names of its classes; arguments and errors as above."""
     test = _list_images(folder / "test")
-    return _decode(test, shape), len(test.classes)
+    return _decode(test, shape), tuple(test.classes)
 
 
 def _list_images(folder: Path) -> datasets.ImageFolder:
@@ -80,5 +83,6 @@ def _decode(listed: datasets.ImageFolder, shape: tuple[int, int, int]) -> Labell
     return torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(listed.targets)
 
 
-def _shortened(names: list[str], most: int = 5) -> str:
+def shortened(names: Sequence[str], most: int = 5) -> str:
+    """The first few of them, for a message."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

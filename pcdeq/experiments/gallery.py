@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -76,11 +75,10 @@ def _name(path: Path) -> str:
 def _of_checkpoint(model: Network, name: str, flags: argparse.Namespace) -> list[Path]:
     warn_of_negative_weights(model)
     images = test_set(model, **data_source(flags))
-    batch, _ = images.batch(slice(BATCH))
+    batch, _ = images.some(BATCH).batch(slice(BATCH))
     made = [convergence_figure(history(model, batch), flags.out / f"{name}_convergence")]
     if flags.eps:
-        some = slice(flags.first)
-        images = replace(images, images=images.images[some], labels=images.labels[some])
+        images = images.some(flags.first)
         with tqdm(unit="batch", leave=False, disable=None) as progress:
             rows = robust_accuracy(model, images, [0, *flags.eps], after_batch=progress.update)
         made.append(robustness_figure(rows, flags.out / f"{name}_robustness"))
@@ -102,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     proofs = parser.add_argument_group("proofs (of checkpoints)").add_argument
     proofs("--eps", metavar="R", nargs="+", type=positive, default=[],
            help="radii (pixels in [0, 1]): accuracy that is proved, and under attack")
-    proofs("--first", metavar="N", type=count, help="on the first N test images only")
+    proofs("--first", metavar="N", type=count, help="on N test images only, as evaluate.py does")
     add_network(parser)
     add_data(parser)
     return parser

@@ -3,7 +3,6 @@
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from tqdm import tqdm
@@ -47,11 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine.keep_freed_memory()
     options = {name: getattr(flags, name) for name in ("solver", "precision", "tol", "max_iter")}
     model = load_network(flags.checkpoint, *identity(flags), **options).to(flags.device)
-    images = data.test_set(model, **data_source(flags), device=flags.device)
-    if flags.first:
-        images = replace(
-            images, images=images.images[: flags.first], labels=images.labels[: flags.first]
-        )
+    images = data.test_set(model, **data_source(flags), device=flags.device).some(flags.first)
     with machine.threads_for(model.name):
         _report(model, images, flags)
 
@@ -123,7 +118,8 @@ def _parser() -> argparse.ArgumentParser:
            help="a table per block: enclosure, rate, iterations, rounding included")
     proofs("--eps", metavar="R", nargs="+", type=positive, default=[],
            help="radii (pixels in [0, 1]): accuracy that is proved, and under attack")
-    proofs("--first", metavar="N", type=count, help="only the first N test images")
+    proofs("--first", metavar="N", type=count,
+           help="only the first N test images; of folders, N from all over")
 
     add_network(parser)
     add_data(parser)

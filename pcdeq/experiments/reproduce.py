@@ -130,10 +130,14 @@ def _run(
     ]
     if args.list:
         with contextlib.suppress(BrokenPipeError):  # `| head -1` leaves early
-            print("\n".join(shlex.join(job.command) for job in jobs))
+            for job in jobs:
+                print(shlex.join(job.command))
         return
     if not jobs:
-        print(f"nothing to do: {results} holds all {len(asked)} results of {len(recipes)} row(s)")
+        print(
+            f"nothing to do: {results} holds all {len(asked)} results of {len(recipes)} row(s); "
+            "with --results DIR they are measured anew"
+        )
         return
     threads = share(args.jobs)
     linear = ", the linear ones with 1" * any(job.serial for job in jobs) * (threads > 1)

@@ -190,6 +190,7 @@ class Run:
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.folder = config, config.folder
+        self._record: dict[str, Any] | None = None  # config.json, while it waits for an epoch
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -217,7 +218,7 @@ class Run:
                 self.folder.rmdir()
 
     def begin(self, environment: dict[str, Any]) -> None:
-        """Opens the folder and writes ``config.json``; with ``--overwrite`` the old run goes first.
+        """Opens the folder and writes ``config.json``; with ``--overwrite`` the first epoch does.
 
         Args:
             environment: where the run runs (``machine.environment``). Where a resumed run began
@@ -228,10 +229,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name in (CONFIG, METRICS, BEST, LAST):  # what a kill in the middle of a write left
                 temporary(self.folder / name).unlink(missing_ok=True)
-            if self.config.overwrite:  # last.pth first: what is left of a run must not resume
-                for name in (LAST, BEST, METRICS, CERTIFICATES):
-                    (self.folder / name).unlink(missing_ok=True)
-            elif (self.folder / CONFIG).exists():
+            if not self.config.overwrite and (self.folder / CONFIG).exists():
                 old = read_config(self.folder)
                 here = {name: value for name, value in environment.items() if name != "command"}
                 then = {name: old.get(name) for name in here}
@@ -239,7 +237,17 @@ class Run:
         except OSError as error:
             raise RunError(f"{self.folder} cannot be written ({error.strerror})") from None
         record = {**asdict(self.config), "data": self.config.data, **environment}
-        self.write_json(CONFIG, {**record, "earlier": earlier})
+        self._record = record | {"earlier": earlier}
+        if not self.config.overwrite:
+            self._write_config()
+
+    def _write_config(self) -> None:
+        """Writes ``config.json``; with ``--overwrite`` the old run goes first."""
+        if self.config.overwrite:  # last.pth first: what is left of a run must not resume
+            for name in (LAST, BEST, METRICS, CERTIFICATES):
+                (self.folder / name).unlink(missing_ok=True)
+        self.write_json(CONFIG, self._record)
+        self._record = None
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a value as a JSON file of this folder."""
@@ -278,6 +286,8 @@ class Run:
         Args:
             checkpoint: the identity and weights of the network, and under "training" the ``STATE``.
         """
+        if self._record is not None:
+            self._write_config()
         write_whole(self.folder / LAST, _serialised(checkpoint))
         self.settle(checkpoint)
 
@@ -295,7 +305,10 @@ class Run:
 
     def kept(self, epochs: int) -> str:
         """What is safe after so many complete epochs, for a message."""
-        return f"{self.folder} holds the run up to epoch {epochs}" if epochs else "no epoch is done"
+        if epochs:
+            return f"{self.folder} holds the run up to epoch {epochs}"
+        old = self.config.overwrite and (self.folder / LAST).exists()
+        return "no epoch is done" + f", {self.folder} holds the run that was there" * old
 
 
 def _is_state(state: Any) -> bool:

@@ -73,7 +73,7 @@ def train(config: RunConfig) -> RunResult:
             run.begin({"parameters": size, **where})
         say(
             f"{config.net} ({config.activation}), {size:,} parameters, on {where['device_name']}, "
-            f"{processes.world} × {where['threads']} threads\n"
+            f"{workers(processes.world, where['threads'])}\n"
             f"{len(trainer.images):,} training and {len(test_set):,} test images ({config.data})"
         )
         if warning := machine.precision_warning(config.precision, processes.device):
@@ -160,6 +160,7 @@ def _checkpoint(trainer: Trainer, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What ``last.pth`` holds (``runs.STATE``)."""
     return {
         **describe(trainer.network),
+        "class_names": list(trainer.images.class_names),
         "model": trainer.network.state_dict(),
         "training": {
             "rows": rows,
@@ -194,6 +195,12 @@ def _certify(run: Run, trainer: Trainer, test_set: ImageSet, say: Callable[[str]
         certificates = certify_set(trainer.network, test_set, after_batch=bar.update)
     run.write_json(CERTIFICATES, certificates)
     say(format_certificates(certificates))
+
+
+def workers(processes: int, threads: int) -> str:
+    """How many of both, in words."""
+    text = f"{threads} thread" + "s" * (threads > 1)
+    return f"{processes} processes of {text}" if processes > 1 else text
 
 
 HEADER = "  epoch      lr  train loss  accuracy  test loss  accuracy   iterations  seconds"
