@@ -123,9 +123,11 @@ class Equilibrium(nn.Module):
     def _solve_forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """z = σ(Wz + x), from z = 0."""
 
+        derivative = self.f.activation.derivative
+
         def iteration(dtype: torch.dtype) -> Linearised:
             W, b = weight.to(dtype), x.to(dtype)
-            return Linearised(self.f.at(b, W), lambda fz, r: self.f.tangent(fz, r, W))
+            return Linearised(self.f.at(b, W), lambda fz, r: self.f.tangent(derivative(fz), r, W))
 
         z, self.forward_solve = self._solve(iteration, None, nonnegative=True)
         return z

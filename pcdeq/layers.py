@@ -161,9 +161,9 @@ class ConcaveLayer(nn.Module):
         affine, sigma_ = self.W.affine, self.activation.function_  # looked up once for a solve
         return lambda z: sigma_(x.clone() if z is None else affine(z, weight, x))
 
-    def tangent(self, fz: Tensor, r: Tensor, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        """v ↦ Jv + r, with J = diag(σ')·W at z from f(z) alone."""
-        apply, slope = self.W.apply, self.activation.derivative(fz)
+    def tangent(self, slope: Tensor, r: Tensor, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        """v ↦ Jv + r = σ'∘(Wv) + r, from the slope σ' and W."""
+        apply = self.W.apply
         return lambda v: torch.addcmul(r, slope, apply(v, weight))
 
     def adjoint(self, slope: Tensor, b: Tensor, transposed: Tensor) -> Callable[[Tensor], Tensor]:

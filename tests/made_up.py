@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
+from pcdeq.experiments.config import RunConfig
 from pcdeq.experiments.machine import environment
 from pcdeq.experiments.recipes import Recipe
-from pcdeq.experiments.runs import Run, RunConfig
+from pcdeq.experiments.runs import Run
 from pcdeq.networks import Network, build_network
 from pcdeq.weights import describe
 

@@ -104,7 +104,11 @@ def test_derivative_in_its_own_value_is_autograd_s(activation):
 def test_vjp_is_derivative_times_g(activation):
     v = activation.function(PRE)
     g = torch.linspace(-2, 3, len(PRE)).double()
-    torch.testing.assert_close(activation.vjp(g, v), activation.derivative(v) * g)
+    expected = activation.derivative(v) * g
+    torch.testing.assert_close(activation.vjp(g, v), expected)
+    low = activation.vjp(g.bfloat16(), v.bfloat16())
+    assert low.dtype == torch.bfloat16
+    assert (low.double() - expected).norm() < 2.0**-6 * expected.norm()
 
 
 @every

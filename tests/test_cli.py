@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from pcdeq.activations import allowed
 from pcdeq.experiments import cli, data, training
 from pcdeq.experiments.cli import guarded, main, parse
+from pcdeq.experiments.config import RunConfig
 from pcdeq.experiments.errors import DataError, RunError
 from pcdeq.experiments.recipes import ROWS
-from pcdeq.experiments.runs import RunConfig
 from pcdeq.experiments.signals import Interrupted
 from pcdeq.networks import DATASETS, NETWORKS, variant_of
 from pcdeq.weights import CheckpointError

@@ -19,8 +19,8 @@ import pcdeq
 from pcdeq import solvers
 from pcdeq.experiments import data
 from pcdeq.experiments.certifying import robust_accuracy
+from pcdeq.experiments.config import RunConfig
 from pcdeq.experiments.parallel import Processes
-from pcdeq.experiments.runs import RunConfig
 from pcdeq.experiments.trainer import Trainer, generator
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -22,6 +22,7 @@ from pcdeq.experiments.certifying import (
     robust_accuracy,
 )
 from pcdeq.experiments.cli import guarded
+from pcdeq.experiments.config import RunConfig
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.evaluation import evaluate
 from pcdeq.experiments.report import main
@@ -248,7 +249,7 @@ def test_training_keeps_its_certificates(tmp_path, capsys, monkeypatch):
         return replace(train_set, **cut), tested, classes
 
     monkeypatch.setattr(data, "load", small)
-    config = runs.RunConfig(
+    config = RunConfig(
         "mnist", "linear_pcdeq_1", "tanh", 1e-3, 1, 1e-2, 20, 1,
         out=str(tmp_path / "run"), sample=True, certify=True,
     )  # fmt: skip

@@ -15,9 +15,9 @@ from PIL import Image
 from torchvision import datasets, transforms
 
 from pcdeq.experiments import data
+from pcdeq.experiments.config import RunConfig
 from pcdeq.experiments.data import load
 from pcdeq.experiments.errors import DataError
-from pcdeq.experiments.runs import RunConfig
 from pcdeq.experiments.training import train
 from pcdeq.networks import DATASETS, build_network
 from pcdeq.weights import load_network

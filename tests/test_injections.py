@@ -25,6 +25,15 @@ def test_softplus_is_as_exact_as_its_dtype(dtype):
     assert ((positive(h) - exact).abs() <= bound * exact).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_softplus_in_low_precision(dtype):
+    h = torch.linspace(-1, 8, 1001).to(dtype)
+    exact, eps = F.softplus(h.double(), beta=5), torch.finfo(dtype).eps
+    assert positive(h).dtype == dtype
+    assert ((positive(h).double() - exact).abs() <= 2 * eps * (1 + exact)).all()
+    assert (positive(torch.tensor([-30.0, -1e4], dtype=dtype)) > 0).all()
+
+
 @both_dtypes
 def test_softplus_never_underflows_to_zero(dtype):
     h = torch.tensor([-float("inf"), -1e30, -1e4, -200.0, -21.0, -17.5], dtype=dtype)

@@ -140,9 +140,9 @@ def test_tangent_and_adjoint_are_those_of_f(kind, activation):
     v, g, r, b = (signal(kind) for _ in range(4))
     f = lambda z: activation.function(layer.W.apply(z, weight) + x)  # noqa: E731
     fz, Jv = torch.autograd.functional.jvp(f, z, v)
-    torch.testing.assert_close(layer.tangent(fz, r, weight)(v), Jv + r)
-    _, Jg = torch.autograd.functional.vjp(f, z, g)
     slope, kept = activation.derivative(fz), [t.clone() for t in (v, g, r, b)]
+    torch.testing.assert_close(layer.tangent(slope, r, weight)(v), Jv + r)
+    _, Jg = torch.autograd.functional.vjp(f, z, g)
     adjoint = layer.adjoint(slope, b, layer.W.transpose(weight))
     torch.testing.assert_close(adjoint(g), Jg + b)
     assert all(map(torch.equal, (v, g, r, b), kept))

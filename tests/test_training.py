@@ -13,8 +13,8 @@ from processes import same, weights
 
 from pcdeq import build_network
 from pcdeq.experiments import data, runs, training
+from pcdeq.experiments.config import RunConfig
 from pcdeq.experiments.errors import RunError
-from pcdeq.experiments.runs import RunConfig
 from pcdeq.experiments.signals import Interrupted
 from pcdeq.experiments.trainer import Trainer
 from pcdeq.experiments.training import train

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from pcdeq.experiments import data
+from pcdeq.experiments.config import RunConfig
 from pcdeq.experiments.evaluation import evaluate
 from pcdeq.experiments.parallel import Processes, join
-from pcdeq.experiments.runs import RunConfig
 from pcdeq.experiments.trainer import Trainer
 from pcdeq.networks import build_network
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from pcdeq.experiments.config import RunConfig
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.flags import (
     add_data,
@@ -29,7 +30,7 @@ from pcdeq.experiments.flags import (
     seed,
 )
 from pcdeq.experiments.recipes import DEFAULTS, ROWS, default_activation
-from pcdeq.experiments.runs import RunConfig, check_folder
+from pcdeq.experiments.runs import check_folder
 from pcdeq.experiments.signals import Interrupted
 from pcdeq.networks import NETWORKS, check_network
 from pcdeq.weights import CheckpointError

@@ -17,10 +17,11 @@ from typing import get_origin, get_type_hints
 
 import torch
 
+from pcdeq.experiments.config import RunConfig
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.files import write_whole
 from pcdeq.experiments.recipes import ROWS, Recipe
-from pcdeq.experiments.runs import COLUMNS, CONFIG, METRICS, RunConfig, read_config
+from pcdeq.experiments.runs import COLUMNS, CONFIG, METRICS, read_config
 from pcdeq.networks import build_network
 
 RECIPES = {recipe.name: recipe for recipe in ROWS}

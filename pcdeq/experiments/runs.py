@@ -20,12 +20,13 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pcdeq.experiments.config import FLAGS, RunConfig, differences
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.files import lock, temporary, write_whole
 from pcdeq.weights import CheckpointError, read_checkpoint
@@ -37,75 +38,6 @@ COLUMNS = (
     "forward_iters", "backward_iters", "unconverged", "seconds",
 )  # fmt: skip
 STATE = {"rows": list, "optimizer": dict, "flags": dict}  # what last.pth adds to the weights
-
-
-@dataclass
-class RunConfig:
-    """One run, as the flags of the training scripts describe it."""
-
-    dataset: str
-    net: str
-    activation: str
-    lr: float
-    epochs: int
-    weight_decay: float
-    batch_size: int
-    milestone: int
-    augment: bool = False
-    seed: int = 0
-    device: str = "cpu"
-    data_root: str = "data"
-    out: str | None = None
-    overwrite: bool = False
-    resume: bool = False
-    sample: bool = False
-    image_folder: str | None = None
-    solver: str = "picard"
-    precision: str = "fp32"
-    tol: float = 1e-4
-    max_iter: int = 200
-    certify: bool = False
-
-    @property
-    def data(self) -> str:
-        """Where the images come from: "torchvision", "sample" or "image-folder"."""
-        return "sample" if self.sample else "image-folder" if self.image_folder else "torchvision"
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder, ``out`` or one named after the run."""
-        if self.out is not None:
-            return Path(self.out)
-        marks = "_aug" * self.augment
-        marks += {"sample": "_sample", "image-folder": "_folder", "torchvision": ""}[self.data]
-        name = f"{self.dataset}_{self.net}_{self.activation}{marks}_seed{self.seed}"
-        return Path("runs") / name
-
-    def __post_init__(self) -> None:
-        if self.image_folder is not None:
-            self.image_folder = os.path.abspath(self.image_folder)
-
-    def identity(self) -> dict[str, Any]:
-        """The fields that change the numbers: what a resumed run must have in common."""
-        return {name: getattr(self, name) for name in FLAGS}
-
-
-# The fields that change the numbers, and what the command line calls them.
-FLAGS = {
-    "dataset": "data set", "net": "-net", "activation": "-activ", "lr": "-lr",
-    "weight_decay": "-wd", "batch_size": "-b", "milestone": "-m", "augment": "--aug",
-    "seed": "--seed", "sample": "--sample", "image_folder": "--image-folder",
-    "solver": "--solver", "precision": "--precision", "tol": "--tol", "max_iter": "--max-iter",
-}  # fmt: skip
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The flags in which the run ``new`` differs from ``old``, each with both values, or ""."""
-    return ", ".join(
-        f"{FLAGS[name]} {new[name]} (was {old.get(name)})"
-        for name in FLAGS
-        if new[name] != old.get(name)
-    )
 
 
 def check_folder(config: RunConfig) -> None:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from pcdeq.experiments import data, machine
+from pcdeq.experiments.config import RunConfig
 from pcdeq.experiments.data import ImageSet
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.evaluation import BATCH_SIZE, evaluate
 from pcdeq.experiments.parallel import Processes, first_line, join
-from pcdeq.experiments.runs import BEST, CERTIFICATES, LAST, Run, RunConfig, best_of
+from pcdeq.experiments.runs import BEST, CERTIFICATES, LAST, Run, best_of
 from pcdeq.experiments.signals import Signals
 from pcdeq.experiments.trainer import Trainer, progress
 from pcdeq.networks import build_network
