@@ -36,7 +36,7 @@ def alone(**arguments) -> dict:
 
 
 def peak_memory(name: str, row: Row, seed: int, device: str = "cpu") -> dict[str, float]:
-    """MiB by which three steps raise the peak memory of this process, or what it has of a GPU's."""
+    """MiB by which three steps raise the peak of this process's memory, or of its GPU memory."""
     images, _, _ = data.load(row.dataset, sample=True, device=device)
     network = trained(replace(row, training_steps=0), images, seed)
     x, y = images.batch(slice(0, BATCH))
@@ -92,6 +92,9 @@ def epoch(name: str, seed: int, device: str = "cpu") -> dict[str, float]:
     # The first optimizer of a process imports half of torch: no part of an epoch.
     fused = ours or None  # None: as torch chooses
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=1.5e-2, fused=fused)
+    if device != "cpu":  # the first products of a process load libraries
+        x, y = images.batch(slice(BATCH))
+        train_step(model, optimizer, x.to(device), y.to(device))
     start = time.perf_counter()
     if ours:
         with machine.threads_for(network.name):  # as the training scripts do

@@ -38,8 +38,7 @@ from textbook import TextbookBlock
 from torch import Tensor, nn
 
 from pcdeq import Network, project
-from pcdeq.experiments import data, machine
-from pcdeq.experiments.flags import count, device
+from pcdeq.experiments import data, flags, machine
 
 BARE = "bare kernels"
 STEPS, ROUNDS = 10, 5  # on a GPU: in a row, and of those
@@ -189,9 +188,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", default="*", help="pattern of names, epoch and memory among them")
-    parser.add_argument("--rounds", type=count, help="rounds (default: 5 to 30, by the row)")
+    parser.add_argument("--rounds", type=flags.count, help="rounds (default: 5 to 30, by the row)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and digits (default: 0)")
-    parser.add_argument("--device", type=device, choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", type=flags.device, choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
     names = [*(row.name for row in ROWS), "epoch", "memory"]
     if not fnmatch.filter(names, args.rows):

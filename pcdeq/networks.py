@@ -36,7 +36,7 @@ class Network(nn.Sequential):
         dataset: ``"mnist"``, ``"svhn"`` or ``"cifar"``: the shape of its images.
         augment: whether it is the wider network for augmented CIFAR-10.
         classes: number of outputs.
-        class_names: of the outputs, in their order, where the training images had any.
+        class_names: of the outputs, in their order, where the images came in named folders.
     """
 
     def __init__(

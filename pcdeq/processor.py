@@ -1,7 +1,8 @@
 """What the processor is good at: which of several kernels is the fastest depends on it.
 
 Measured on a Xeon with AMX, a Zen 4 (AVX-512) and a Zen 3 (AVX2): torch's AVX-512 kernels of tanh
-and log1p in float32 are slow on an AMD, and on an Intel they are not; nor are its AVX2 kernels.
+and log1p in float32 are slow on an AMD, and on an Intel they are not; nor are its AVX2 kernels. Its
+tanh in bfloat16 is slow with AVX-512 alone.
 """
 
 from pathlib import Path
@@ -24,5 +25,6 @@ def _has_bfloat16() -> bool:
     return supported is not None and supported()
 
 
-AMD_AVX512 = _is_amd() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+AMD_AVX512 = AVX512 and _is_amd()
 BFLOAT16 = _has_bfloat16()

@@ -25,12 +25,14 @@ class CheckpointError(ValueError):
 
 def describe(model: Network) -> dict:
     """What the network is, as plain values: the entries that a checkpoint has beside ``model``."""
+    names = {"class_names": list(model.class_names)} if model.class_names else {}
     return {
         "network": model.name,
         "activation": model.activation,
         "dataset": model.dataset,
         "augment": model.augment,
         "classes": model.classes,
+        **names,
     }
 
 
@@ -93,7 +95,7 @@ def load_weights(model: Network, path: str | os.PathLike) -> None:
     """
     content = read_checkpoint(path)
     if "model" in content:
-        mine, theirs = describe(model), _identity(content, path)
+        mine, theirs = _identity(describe(model), path), _identity(content, path)
         if mine != theirs:
             raise CheckpointError(f"{path} holds {_sentence(theirs)}, not {_sentence(mine)}")
     _load_state(model, content, path)
@@ -195,8 +197,7 @@ def _load_state(model: Network, content: dict, path: str | os.PathLike) -> None:
     if broken := [key for key, value in state.items() if not value.double().isfinite().all()]:
         raise CheckpointError(f"{path} is of no use: its {min(broken)} is not finite")
     model.load_state_dict(state)
-    if "model" in content:
-        model.class_names = tuple(content.get("class_names", ()))
+    model.class_names = tuple(content.get("class_names", ())) if "model" in content else ()
 
 
 def _sentence(identity: dict) -> str:

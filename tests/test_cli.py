@@ -76,6 +76,18 @@ LONG = (
 )
 
 
+def test_a_training_whose_reader_has_gone_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def gone(*args, **kwargs):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    from pcdeq.experiments.training import train
+
+    config = command("mnist", "--sample", "-epochs", "1", "--out", str(tmp_path / "run"))
+    monkeypatch.setattr("builtins.print", gone)
+    with pytest.raises(RunError, match="has gone; no epoch is done, the same command starts it"):
+        train(config)
+
+
 @pytest.mark.parametrize("flags", [SHORT, LONG])
 def test_every_flag_arrives(flags):
     flags += (
@@ -256,7 +268,7 @@ def test_a_reader_that_goes_away_sees_no_traceback(tmp_path):
     ) as process:
         process.stdout.readline()
         process.stdout.close()
-        assert process.stderr.read().startswith(b"error: whoever read the output has gone; ")
+        assert process.stderr.read() == b"error: whoever read the output has gone\n"
     assert process.returncode == 1
 
 

@@ -20,7 +20,7 @@ from pcdeq.experiments.data import load
 from pcdeq.experiments.errors import DataError
 from pcdeq.experiments.training import train
 from pcdeq.networks import DATASETS, build_network
-from pcdeq.weights import load_network
+from pcdeq.weights import CheckpointError, load_network, load_weights
 
 RNG = np.random.default_rng(0)
 
@@ -114,6 +114,27 @@ def test_a_network_knows_the_names_of_its_classes(tmp_path):
     write_images(tmp_path / "others", {"cat": 2, "emu": 2})
     with pytest.raises(DataError, match="trained on: only one of them has dog, emu"):
         data.test_set(network, image_folder=tmp_path / "others")
+    for part in ("train", "test"):  # the same images under other names
+        (tmp_path / "pets" / part / "cat").rename(tmp_path / "pets" / part / "ape")
+    with pytest.raises(CheckpointError, match=r"class_names is .*cat.* not .*ape"):
+        train(replace(config, resume=True, epochs=2))
+    load_weights(network, authors_file(network, tmp_path))
+    assert network.class_names == ()
+
+
+def authors_file(network, folder):
+    torch.save(network.state_dict(), folder / "plain.pth")
+    return folder / "plain.pth"
+
+
+def test_ten_classes_of_ones_own_are_not_digits():
+    network = build_network("linear_pcdeq_1", "tanh")
+    assert len(data.test_set(network, sample=True)) == 1000
+    network.class_names = tuple("abcdefghij")
+    with pytest.raises(DataError, match=r"only one of them has 0, 1, 2, 3, 4, \.\.\."):
+        data.test_set(network, sample=True)
+    network.class_names = data.DIGITS
+    assert len(data.test_set(network, sample=True)) == 1000
 
 
 def test_one_class_is_none(tmp_path):

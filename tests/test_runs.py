@@ -223,6 +223,26 @@ def test_overwriting_keeps_the_old_run_until_there_is_an_epoch_and_then_nothing_
     assert sorted(os.listdir(finished.folder)) == names
 
 
+def test_overwriting_loses_nothing_where_the_first_epoch_cannot_be_written(finished, monkeypatch):
+    before = {path.name: path.read_bytes() for path in finished.folder.iterdir()}
+    run = Run(replace(finished, overwrite=True, lr=0.25))
+    run.begin(HERE)
+
+    def full(path, data):
+        raise RunError("no space")
+
+    monkeypatch.setattr(runs, "write_whole", full)
+    with pytest.raises(RunError, match="no space"):
+        run.save(checkpoint_of(run.config, [1.0]))
+    assert {path.name: path.read_bytes() for path in finished.folder.iterdir()} == before
+    assert "holds the run that was there" in run.kept(0)
+
+
+def test_overwriting_nothing_is_a_run_like_any_other(tmp_path):
+    Run(config_of(tmp_path, overwrite=True)).begin(HERE)
+    assert os.listdir(tmp_path) == [runs.CONFIG]
+
+
 def test_what_a_kill_left_half_written_goes(finished):
     (finished.folder / ".best.pth.tmp").write_bytes(b"half")
     Run(replace(finished, resume=True)).begin(HERE)

@@ -142,7 +142,7 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, RunError | CheckpointError):
         return str(error)
     if isinstance(error, BrokenPipeError):
-        return "whoever read the output has gone; a training goes on with --resume"
+        return "whoever read the output has gone"
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         return place + (error.strerror or str(error) or type(error).__name__)

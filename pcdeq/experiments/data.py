@@ -28,6 +28,15 @@ NORMALISATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # mea
     "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
     "cifar": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
 }
+DIGITS = tuple("0123456789")
+CLASSES = {  # of the genuine sets, in the order of their labels
+    "mnist": DIGITS,
+    "svhn": DIGITS,
+    "cifar": (
+        *("airplane", "automobile", "bird", "cat", "deer"),
+        *("dog", "frog", "horse", "ship", "truck"),
+    ),
+}
 SAMPLE = Path(__file__).with_name("mnist_sample.npz")  # made by tools/make_sample.py
 PADDING = 4  # of the random crop, in pixels
 
@@ -200,20 +209,23 @@ def test_set(
             "name the folder of its images with --image-folder"
         )
     if image_folder is not None:
-        from pcdeq.experiments.folders import shortened, test_folder
+        from pcdeq.experiments.folders import test_folder
 
         labelled, names = test_folder(Path(image_folder), DATASETS[network.dataset])
-        if len(names) != network.classes:
-            raise DataError(
-                f"the network is for {network.classes} classes, the images have {len(names)}"
-            )
-        if differing := sorted(set(names) ^ set(network.class_names or names)):
-            raise DataError(
-                f"{image_folder}/test has other classes than those the network was trained on: "
-                f"only one of them has {shortened(differing)}"
-            )
-        return _image_set(labelled, network.dataset, device, False, names)
-    return load(network.dataset, root=root, sample=sample, device=device)[1]
+        images = _image_set(labelled, network.dataset, device, False, names)
+    else:
+        _, images, _ = load(network.dataset, root=root, sample=sample, device=device)
+        names = DIGITS if sample else CLASSES[network.dataset]
+    if len(names) != network.classes:
+        raise DataError(
+            f"the network is for {network.classes} classes, the images have {len(names)}"
+        )
+    if differing := sorted(set(names) ^ set(network.class_names or names)):
+        raise DataError(
+            "the images have other classes than those that the network was trained on: only one "
+            f"of them has {', '.join(differing[:5])}{', ...' * (len(differing) > 5)}"
+        )
+    return images
 
 
 def _image_set(

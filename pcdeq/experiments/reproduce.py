@@ -136,7 +136,7 @@ def _run(
     if not jobs:
         print(
             f"nothing to do: {results} holds all {len(asked)} results of {len(recipes)} row(s); "
-            "with --results DIR they are measured anew"
+            "with another --results DIR they are measured anew"
         )
         return
     threads = share(args.jobs)

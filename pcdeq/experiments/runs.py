@@ -122,7 +122,7 @@ class Run:
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.folder = config, config.folder
-        self._record: dict[str, Any] | None = None  # config.json, while it waits for an epoch
+        self._waiting: dict[str, Any] | None = None  # config.json, while an old run stands there
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -150,7 +150,9 @@ class Run:
                 self.folder.rmdir()
 
     def begin(self, environment: dict[str, Any]) -> None:
-        """Opens the folder and writes ``config.json``; with ``--overwrite`` the first epoch does.
+        """Opens the folder and writes ``config.json``.
+
+        With ``--overwrite`` an old run stands until the first epoch of the new one is kept.
 
         Args:
             environment: where the run runs (``machine.environment``). Where a resumed run began
@@ -161,6 +163,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name in (CONFIG, METRICS, BEST, LAST):  # what a kill in the middle of a write left
                 temporary(self.folder / name).unlink(missing_ok=True)
+            old_run = any((self.folder / name).exists() for name in (LAST, BEST, METRICS))
             if not self.config.overwrite and (self.folder / CONFIG).exists():
                 old = read_config(self.folder)
                 here = {name: value for name, value in environment.items() if name != "command"}
@@ -169,17 +172,11 @@ class Run:
         except OSError as error:
             raise RunError(f"{self.folder} cannot be written ({error.strerror})") from None
         record = {**asdict(self.config), "data": self.config.data, **environment}
-        self._record = record | {"earlier": earlier}
-        if not self.config.overwrite:
-            self._write_config()
-
-    def _write_config(self) -> None:
-        """Writes ``config.json``; with ``--overwrite`` the old run goes first."""
-        if self.config.overwrite:  # last.pth first: what is left of a run must not resume
-            for name in (LAST, BEST, METRICS, CERTIFICATES):
-                (self.folder / name).unlink(missing_ok=True)
-        self.write_json(CONFIG, self._record)
-        self._record = None
+        record["earlier"] = earlier
+        if self.config.overwrite and old_run:
+            self._waiting = record
+        else:
+            self.write_json(CONFIG, record)
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a value as a JSON file of this folder."""
@@ -218,9 +215,11 @@ class Run:
         Args:
             checkpoint: the identity and weights of the network, and under "training" the ``STATE``.
         """
-        if self._record is not None:
-            self._write_config()
         write_whole(self.folder / LAST, _serialised(checkpoint))
+        if self._waiting is not None:  # the old run's other files follow
+            self.write_json(CONFIG, self._waiting)
+            self._waiting = None
+            (self.folder / CERTIFICATES).unlink(missing_ok=True)
         self.settle(checkpoint)
 
     def settle(self, checkpoint: dict[str, Any]) -> None:
@@ -239,8 +238,9 @@ class Run:
         """What is safe after so many complete epochs, for a message."""
         if epochs:
             return f"{self.folder} holds the run up to epoch {epochs}"
-        old = self.config.overwrite and (self.folder / LAST).exists()
-        return "no epoch is done" + f", {self.folder} holds the run that was there" * old
+        if self._waiting is not None:
+            return f"no epoch is done, {self.folder} holds the run that was there"
+        return "no epoch is done"
 
 
 def _is_state(state: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable
@@ -58,9 +57,17 @@ def train(config: RunConfig) -> RunResult:
         join(config.device) as processes,
         run.held() if processes.first else nullcontext(),
     ):
-        say = functools.partial(print, flush=True) if processes.first else lambda text: None
         checkpoint = processes.tell(run.load() if processes.first else None)
         result = RunResult(run.folder, checkpoint["training"]["rows"] if checkpoint else [])
+
+        def say(text: str) -> None:
+            try:
+                if processes.first:
+                    print(text, flush=True)
+            except BrokenPipeError:
+                advice = _advice(run, result)
+                raise RunError(f"whoever read the output has gone; {advice}") from None
+
         if len(result.rows) >= config.epochs and not config.certify:
             say(f"finished already, after {len(result.rows)} epochs: {result}")
             return result
@@ -86,7 +93,7 @@ def train(config: RunConfig) -> RunResult:
         with Signals() as signals:
             for epoch in range(len(result.rows) + 1, config.epochs + 1):
                 if processes.first:
-                    signals.advice = f"{run.kept(epoch - 1)}, --resume goes on"
+                    signals.advice = _advice(run, result)
                 try:
                     row = _train_and_test(trainer, test_set, epoch, signals.check)
                 except FloatingPointError as error:
@@ -99,6 +106,12 @@ def train(config: RunConfig) -> RunResult:
             _certify(run, trainer, test_set, say)
         say(str(result))
         return result
+
+
+def _advice(run: Run, result: RunResult) -> str:
+    """What is kept of a run that ends now, and how to go on."""
+    how = "--resume goes on" if result.rows else "the same command starts it"
+    return f"{run.kept(len(result.rows))}, {how}"
 
 
 def _prepare(
@@ -133,6 +146,7 @@ def _prepare(
         tol=config.tol,
         max_iter=config.max_iter,
     )
+    network.class_names = train_set.class_names
     return Trainer(network.to(processes.device), train_set, config, processes), test_set
 
 
@@ -161,7 +175,6 @@ def _checkpoint(trainer: Trainer, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What ``last.pth`` holds (``runs.STATE``)."""
     return {
         **describe(trainer.network),
-        "class_names": list(trainer.images.class_names),
         "model": trainer.network.state_dict(),
         "training": {
             "rows": rows,
@@ -175,8 +188,9 @@ def _checkpoint(trainer: Trainer, rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _restore(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> None:
     """Puts weights and optimizer back as they were."""
     for name, mine in describe(trainer.network).items():
-        if checkpoint.get(name) != mine:
-            raise CheckpointError(f"{path}: its {name} is {checkpoint.get(name)}, not {mine}")
+        theirs = checkpoint.get(name, mine)  # older checkpoints have no class_names
+        if theirs != mine:
+            raise CheckpointError(f"{path}: its {name} is {theirs}, not {mine}")
     if checkpoint["training"].get("images", trainer.images.checksum) != trainer.images.checksum:
         raise CheckpointError(
             f"{path} comes from other training images, or from another order of them: go on with "
