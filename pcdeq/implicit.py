@@ -297,10 +297,14 @@ def register_projection(
     """Makes ``project(model)`` follow every ``optimizer.step()``; returns the removable handle.
 
     Raises:
-        ValueError: there is no pcDEQ weight in ``model``.
+        ValueError: there is no pcDEQ weight in ``model``, or the optimizer steps none of them.
     """
-    if not any(isinstance(module, Nonnegative) for module in model.modules()):
+    layers = [module for module in model.modules() if isinstance(module, Nonnegative)]
+    if not layers:
         raise ValueError("the model has no pcDEQ layer: there is nothing to project")
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if stepped.isdisjoint(id(p) for layer in layers for p in layer.parameters()):
+        raise ValueError("the optimizer steps no pcDEQ weight of this model: it is for another one")
     return optimizer.register_step_post_hook(lambda *_: project(model))
 
 

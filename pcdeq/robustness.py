@@ -4,7 +4,7 @@ Interval arithmetic walks through the children of a network. The equilibria cost
 sharpness: z*(x) is monotone in x, so for x₋ ≤ x ≤ x₊ the block's output fills exactly the box from
 z*(x₋) to z*(x₊), at the price of one enclosure. (Verifiers of other equilibrium models need
 semidefinite programs: Chen et al., arXiv 2106.01453; an adjoint model: Li, Wang, Lin, ICML 2022;
-or over-approximating boxes: arXiv 2112.05310.) What is lost, is lost in the affine maps between
+or over-approximating boxes: arXiv 2112.05310.) What is lost is lost in the affine maps between
 the blocks, which see their inputs as independent.
 
 All of it is float64 with rounding accounted for. For an affine map of n terms on centre c and
@@ -65,9 +65,15 @@ def robust(model: nn.Sequential, lower: Tensor, upper: Tensor, target: Tensor) -
         ``SLACK`` on the whole box. False means: not proved.
 
     Raises:
-        TypeError: the model is no ``nn.Sequential``, or a layer has no interval image here.
-        ValueError: a lower corner is above the upper one, or a target is no class.
+        TypeError: the model is no ``nn.Sequential``, a layer has no interval image here, or one has
+            a ``forward`` of its own or a hook.
+        ValueError: a lower corner is above the upper one, a target is no class, or shapes differ.
     """
+    if lower.shape != upper.shape or target.shape != lower.shape[:1]:
+        raise ValueError(
+            "corners must be of one shape (B, …) and targets of shape (B,), not "
+            f"{(*lower.shape,)}, {(*upper.shape,)} and {(*target.shape,)}"
+        )
     *features, classifier = _layers(model)
     if type(classifier) is not nn.Linear:
         raise TypeError(f"the last layer must be nn.Linear, not {type(classifier).__name__}")
@@ -98,11 +104,22 @@ def logit_bounds(model: nn.Sequential, lower: Tensor, upper: Tensor) -> Box:
 def _layers(model: nn.Sequential) -> Iterator[nn.Module]:
     if not isinstance(model, nn.Sequential):
         raise TypeError(f"the model must be an nn.Sequential, not {type(model).__name__}")
+    _check_forward(model)
     for layer in model:
         if isinstance(layer, nn.Sequential):
             yield from _layers(layer)
         else:
+            _check_forward(layer)
             yield layer
+
+
+def _check_forward(module: nn.Module) -> None:
+    """Refuses a module that does something else than its class is known for."""
+    name = type(module).__name__
+    if not type(module).forward.__module__.startswith(("torch.nn.", "pcdeq.")):
+        raise TypeError(f"no interval image is known for {name}, which has a forward of its own")
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise TypeError(f"no interval image is known for {name} with a forward hook")
 
 
 def _walk(layers: list[nn.Module], lower: Tensor, upper: Tensor) -> Box:

@@ -189,8 +189,10 @@ def test_a_plain_state_dict_needs_to_be_told(checkpoints, capsys):
     "argv, sentence",
     [
         ((), "the following arguments are required: CHECKPOINT"),
-        (("best.pth", "--eps", "0"), "'0' is not a finite number above 0"),
-        (("best.pth", "--eps", "nan"), "'nan' is not a finite number above 0"),
+        (("best.pth", "--eps", "0"), "'0' is not a radius between 0 and 1"),
+        (("best.pth", "--eps", "nan"), "'nan' is not a radius between 0 and 1"),
+        (("best.pth", "--eps", "8/255", "8"), "'8' is not a radius between 0 and 1 (pixels"),
+        (("best.pth", "--eps", "8/0"), "'8/0' is not a radius between 0 and 1"),
         (("best.pth", "--eps"), "expected at least one argument"),
         (("best.pth", "--first", "0"), "'0' is not a whole number from 1 on"),
         (("best.pth", "-b", "-3"), "'-3' is not a whole number from 1 on"),

@@ -112,7 +112,7 @@ def test_a_network_knows_the_names_of_its_classes(tmp_path):
     images = data.test_set(network, image_folder=tmp_path / "pets")
     assert images.class_names == ("cat", "dog")
     write_images(tmp_path / "others", {"cat": 2, "emu": 2})
-    with pytest.raises(DataError, match="trained on: only one of them has dog, emu"):
+    with pytest.raises(DataError, match="only the network knows dog; only the images have emu"):
         data.test_set(network, image_folder=tmp_path / "others")
     for part in ("train", "test"):  # the same images under other names
         (tmp_path / "pets" / part / "cat").rename(tmp_path / "pets" / part / "ape")
@@ -131,10 +131,31 @@ def test_ten_classes_of_ones_own_are_not_digits():
     network = build_network("linear_pcdeq_1", "tanh")
     assert len(data.test_set(network, sample=True)) == 1000
     network.class_names = tuple("abcdefghij")
-    with pytest.raises(DataError, match=r"only one of them has 0, 1, 2, 3, 4, \.\.\."):
+    with pytest.raises(
+        DataError, match=r"network knows a, b, c, d, e; only the images have 0, 1, 2, 3, 4$"
+    ):
         data.test_set(network, sample=True)
     network.class_names = data.DIGITS
     assert len(data.test_set(network, sample=True)) == 1000
+
+
+def test_a_hidden_folder_is_no_class(tmp_path):
+    write_images(tmp_path, {"cat": 2, "dog": 2})
+    (tmp_path / "train" / ".git").mkdir()
+    train_set, _, classes = load("svhn", image_folder=tmp_path)
+    assert classes == 2 and train_set.class_names == ("cat", "dog")
+    assert train_set.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_a_run_does_not_go_on_with_other_test_images(tmp_path):
+    write_images(tmp_path / "pets", {"cat": 4, "dog": 4})
+    config = RunConfig("svhn", "multi_conv_pcdeq_1", "tanh", 1e-3, 1, 0.0, 4, 1)
+    config = replace(config, image_folder=str(tmp_path / "pets"), out=str(tmp_path / "run"))
+    train(config)
+    cats, dogs = (tmp_path / "pets" / "test" / name / "0.png" for name in ("cat", "dog"))
+    shutil.copy(cats, dogs)
+    with pytest.raises(CheckpointError, match="other test images"):
+        train(replace(config, resume=True, epochs=2))
 
 
 def test_one_class_is_none(tmp_path):

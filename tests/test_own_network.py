@@ -114,6 +114,9 @@ def test_a_projection_of_nothing_is_refused():
     model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="nothing to project"):
         register_projection(torch.optim.SGD(model.parameters()), model)
+    block = make("linear")
+    with pytest.raises(ValueError, match="steps no pcDEQ weight of this model"):
+        register_projection(torch.optim.SGD(model.parameters()), block)
 
 
 def test_stands_behind_layers_that_autocast_lowers():

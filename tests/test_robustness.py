@@ -230,6 +230,25 @@ def test_what_it_does_not_know_it_refuses():
         robust(nn.Sequential(nn.Linear(4, 2), nn.Flatten()), x, x, torch.tensor([0, 1]))
     with pytest.raises(TypeError, match=r"must be an nn\.Sequential, not Linear"):
         robust(nn.Linear(4, 2), x, x, torch.tensor([0, 1]))
+    plain = nn.Sequential(nn.Linear(4, 2))
+    for targets in (torch.tensor([0]), torch.tensor([[1, 0], [0, 1]])):
+        with pytest.raises(ValueError, match=r"targets of shape \(B,\)"):
+            robust(plain, x, x, targets)
+
+    class Negated(nn.Linear):
+        def forward(self, h):
+            return -super().forward(h)
+
+    class Skipping(nn.Sequential):
+        def forward(self, h):
+            return h + super().forward(h)
+
+    for model in (nn.Sequential(Negated(4, 4), *plain), Skipping(nn.Linear(4, 4), *plain)):
+        with pytest.raises(TypeError, match="has a forward of its own"):
+            robust(model, x, x, torch.tensor([0, 1]))
+    plain[0].register_forward_hook(lambda *io: -io[2])
+    with pytest.raises(TypeError, match="Linear with a forward hook"):
+        robust(plain, x, x, torch.tensor([0, 1]))
     for conv in (nn.Conv2d(2, 2, 3, dilation=2), nn.Conv2d(2, 2, 3, padding="same")):
         with pytest.raises(TypeError, match="no interval image is known for Conv2d"):
             image(conv, Box(torch.rand(1, 2, 8, 8).double(), torch.rand(1, 2, 8, 8).double()))

@@ -70,6 +70,8 @@ def parse(
     """
     parser = _parser(dataset, augmentation)
     flags = parser.parse_args(argv)
+    if flags.net is None:
+        parser.error(f"name a network with -net: {', '.join(_networks(dataset))}")
     flags.activation = flags.activation or default_activation(flags.net)
     flags.device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if flags.net not in NETWORKS:  # of all networks, name those of this script
@@ -167,7 +169,7 @@ def _parser(dataset: str, augmentation: bool) -> argparse.ArgumentParser:
     parser.set_defaults(augment=False, **DEFAULTS[dataset])
 
     recipe = parser.add_argument_group("recipe (defaults: the paper's)").add_argument
-    recipe("-net", "--network", dest="net", metavar="NET", required=True,
+    recipe("-net", "--network", dest="net", metavar="NET",
            help=f"required: {', '.join(nets)}")
     recipe("-activ", "--activation", dest="activation", metavar="NAME",
            help="pcDEQ-1: tanh (default), softsign, relu6; pcDEQ-2: sigmoid (default)")

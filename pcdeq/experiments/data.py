@@ -216,14 +216,19 @@ def test_set(
     else:
         _, images, _ = load(network.dataset, root=root, sample=sample, device=device)
         names = DIGITS if sample else CLASSES[network.dataset]
+    known = network.class_names or names
+    only = [
+        ", ".join(sorted(set(a) - set(b))[:5]) or "none"
+        for a, b in ((known, names), (names, known))
+    ]
+    if only != ["none", "none"]:
+        raise DataError(
+            "the network was trained on other classes than the images have: only the network "
+            f"knows {only[0]}; only the images have {only[1]}"
+        )
     if len(names) != network.classes:
         raise DataError(
             f"the network is for {network.classes} classes, the images have {len(names)}"
-        )
-    if differing := sorted(set(names) ^ set(network.class_names or names)):
-        raise DataError(
-            "the images have other classes than those that the network was trained on: only one "
-            f"of them has {', '.join(differing[:5])}{', ...' * (len(differing) > 5)}"
         )
     return images
 

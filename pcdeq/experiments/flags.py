@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from fractions import Fraction
 
 import torch
 
@@ -17,7 +18,7 @@ from pcdeq.solvers import SOLVERS
 
 def program(name: str, usage: str, description: str, examples: str) -> argparse.ArgumentParser:
     """A parser that prints as all programs here do; it has no flag yet, not even ``--help``."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=name,
         usage=f"{name} {usage}",
         description=description,
@@ -92,6 +93,14 @@ def data_source(flags: argparse.Namespace) -> dict[str, object]:
     return {"root": flags.data_root, "sample": flags.sample, "image_folder": flags.image_folder}
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes no abbreviation for a flag: ``-n`` is not ``-net``, nor would 40 epochs be meant."""
+
+    def _get_option_tuples(self, option_string: str) -> list[tuple]:
+        # allow_abbrev=False leaves those of one dash; what stays are values as in -b64.
+        return [found for found in super()._get_option_tuples(option_string) if found[-1]]
+
+
 class _Help(argparse.RawDescriptionHelpFormatter):
     """Every flag and what it does on one line."""
 
@@ -104,9 +113,11 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return ", ".join(action.option_strings) + value  # `-b, --batch-size N`, N once
 
 
-def _number(kind: type, accepts: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
+def _number(
+    kind: Callable[[str], float], accepts: Callable[[float], bool], wanted: str
+) -> Callable[[str], float]:
     def convert(text: str) -> float:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, ZeroDivisionError):
             if accepts(value := kind(text)):
                 return value
         raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
@@ -119,7 +130,11 @@ from_zero = _number(int, lambda n: 0 <= n < 2**31, "a whole number from 0 on")
 seed = _number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 4294967295")
 rate = _number(float, lambda x: 0 <= x < math.inf, "a finite number from 0 on")
 fraction = _number(float, lambda x: 0 < x < 1, "a number between 0 and 1")
-positive = _number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
+radius = _number(
+    lambda text: float(Fraction(text)),
+    lambda x: 0 < x < 1,
+    "a radius between 0 and 1 (pixels are in [0, 1]: write 8/255, not 8)",
+)
 
 
 def folder(name: str) -> str:

@@ -46,6 +46,14 @@ def test_folder(folder: Path, shape: tuple[int, int, int]) -> tuple[Labelled, tu
     return _decode(test, shape), tuple(test.classes)
 
 
+class _Folder(datasets.ImageFolder):
+    """torchvision's, but for hidden folders, which are no classes."""
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        classes = [name for name in super().find_classes(directory)[0] if name[0] != "."]
+        return classes, {name: label for label, name in enumerate(classes)}
+
+
 def _list_images(folder: Path) -> datasets.ImageFolder:
     if not folder.is_dir():
         raise DataError(
@@ -53,7 +61,7 @@ def _list_images(folder: Path) -> datasets.ImageFolder:
             "DIR/test/<class>/*"
         )
     try:
-        return datasets.ImageFolder(str(folder))
+        return _Folder(str(folder))
     except FileNotFoundError as error:  # no class, or a class without images
         raise DataError(f"{folder}: {error}") from error
 

@@ -25,13 +25,13 @@ from pcdeq.experiments.flags import (
     data_source,
     folder,
     identity,
-    positive,
     program,
+    radius,
 )
 from pcdeq.networks import Network
 from pcdeq.weights import load_network
 
-BATCH = 100  # images whose convergence is shown
+BATCH = 100  # images whose convergence is shown; of convolutions, which take long, a tenth
 EXAMPLES = """\
   python plot.py runs/* -o figures
   python plot.py runs/first/best.pth --sample -o figures
@@ -75,7 +75,8 @@ def _name(path: Path) -> str:
 def _of_checkpoint(model: Network, name: str, flags: argparse.Namespace) -> list[Path]:
     warn_of_negative_weights(model)
     images = test_set(model, **data_source(flags))
-    batch, _ = images.some(BATCH).batch(slice(BATCH))
+    count = BATCH if machine.is_serial(model.name) else BATCH // 10
+    batch, _ = images.some(count).batch(slice(count))
     made = [convergence_figure(history(model, batch), flags.out / f"{name}_convergence")]
     if flags.eps:
         images = images.some(flags.first)
@@ -98,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="for the figures")
     add_help(parser)
     proofs = parser.add_argument_group("proofs (of checkpoints)").add_argument
-    proofs("--eps", metavar="R", nargs="+", type=positive, default=[],
+    proofs("--eps", metavar="R", nargs="+", type=radius, default=[],
            help="radii (pixels in [0, 1]): accuracy that is proved, and under attack")
     proofs("--first", metavar="N", type=count, help="on N test images only, as evaluate.py does")
     add_network(parser)

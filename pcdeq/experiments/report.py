@@ -19,8 +19,8 @@ from pcdeq.experiments.flags import (
     data_source,
     device,
     identity,
-    positive,
     program,
+    radius,
 )
 from pcdeq.networks import Network
 from pcdeq.weights import load_network
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     proofs = parser.add_argument_group("proofs").add_argument
     proofs("--certify", action="store_true",
            help="a table per block: enclosure, rate, iterations, rounding included")
-    proofs("--eps", metavar="R", nargs="+", type=positive, default=[],
+    proofs("--eps", metavar="R", nargs="+", type=radius, default=[],
            help="radii (pixels in [0, 1]): accuracy that is proved, and under attack")
     proofs("--first", metavar="N", type=count,
            help="only the first N test images; of folders, N from all over")

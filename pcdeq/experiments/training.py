@@ -74,7 +74,7 @@ def train(config: RunConfig) -> RunResult:
 
         trainer, test_set = _prepare(config, processes, say)
         if checkpoint:
-            _restore(trainer, checkpoint, run.folder / LAST)
+            _restore(trainer, test_set, checkpoint, run.folder / LAST)
         where = machine.environment(processes.device, processes.world)
         size = sum(parameter.numel() for parameter in trainer.network.parameters())
         if processes.first:
@@ -100,7 +100,7 @@ def train(config: RunConfig) -> RunResult:
                     raise RunError(f"{error}; {run.kept(epoch - 1)}") from None
                 result.rows.append(row)
                 if processes.first:
-                    run.save(_checkpoint(trainer, result.rows))
+                    run.save(_checkpoint(trainer, test_set, result.rows))
                 say(_line(row, config))
         if config.certify and processes.first:
             _certify(run, trainer, test_set, say)
@@ -171,7 +171,7 @@ def _train_and_test(
     return row | {"seconds": round(time.perf_counter() - start, 3)}
 
 
-def _checkpoint(trainer: Trainer, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _checkpoint(trainer: Trainer, test_set: ImageSet, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What ``last.pth`` holds (``runs.STATE``)."""
     return {
         **describe(trainer.network),
@@ -181,21 +181,24 @@ def _checkpoint(trainer: Trainer, rows: list[dict[str, Any]]) -> dict[str, Any]:
             "optimizer": trainer.optimizer.state_dict(),
             "flags": trainer.config.identity(),
             "images": trainer.images.checksum,
+            "test_images": test_set.checksum,
         },
     }
 
 
-def _restore(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> None:
+def _restore(trainer: Trainer, test_set: ImageSet, checkpoint: dict[str, Any], path: Path) -> None:
     """Puts weights and optimizer back as they were."""
     for name, mine in describe(trainer.network).items():
         theirs = checkpoint.get(name, mine)  # older checkpoints have no class_names
         if theirs != mine:
             raise CheckpointError(f"{path}: its {name} is {theirs}, not {mine}")
-    if checkpoint["training"].get("images", trainer.images.checksum) != trainer.images.checksum:
-        raise CheckpointError(
-            f"{path} comes from other training images, or from another order of them: go on with "
-            "the same, or begin a new run with another --out"
-        )
+    sets = {"images": ("training", trainer.images), "test_images": ("test", test_set)}
+    for key, (kind, images) in sets.items():
+        if checkpoint["training"].get(key, images.checksum) != images.checksum:
+            raise CheckpointError(
+                f"{path} comes from other {kind} images, or from another order of them: go on with "
+                "the same, or begin a new run with another --out"
+            )
     try:
         trainer.network.load_state_dict(checkpoint["model"])
         trainer.optimizer.load_state_dict(checkpoint["training"]["optimizer"])
