@@ -75,7 +75,14 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         ) from error
     model = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(model, dict) or not all(map(_is_entry, model.items())):
+        if isinstance(model, dict) and isinstance(model.get("state_dict"), dict):
+            raise CheckpointError(f"{path} holds more than its state_dict: save that alone")
         raise CheckpointError(f"{path} is no checkpoint: it holds no state dict of tensors")
+    if model and all(key.startswith("module.") for key in model):
+        raise CheckpointError(
+            f"{path} was saved from a parallel wrapper, with names like {min(model)}: save the "
+            "state dict of its .module"
+        )
     return content
 
 
@@ -173,7 +180,10 @@ def _identity(content: dict, path: str | os.PathLike) -> dict:
     """What the network of one of this project's checkpoints is."""
     identity = {key: content.get(key) for key in IDENTITY}
     if any(type(identity[key]) is not kind for key, kind in IDENTITY.items()):
-        raise CheckpointError(f"{path} does not say which network it holds")
+        raise CheckpointError(
+            f"{path} does not say which network it holds: save its 'model' alone, as a plain state "
+            "dict, and name the network"
+        )
     names = content.get("class_names", [])
     whole = type(names) is list and all(type(name) is str for name in names)
     if not whole or len(names) not in (0, identity["classes"]):

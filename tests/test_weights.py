@@ -223,6 +223,18 @@ STATE = {"a": torch.ones(2)}
 LINEAR = {"network": "linear_pcdeq_1", "activation": "tanh", "dataset": "mnist", "augment": False}
 
 
+def test_state_dicts_in_other_wrappings_are_told_how_to_come(tmp_path):
+    state, path = perturbed().state_dict(), tmp_path / "theirs.pth"
+    for content, sentence in (
+        ({"state_dict": state, "epoch": 3}, "more than its state_dict: save that alone"),
+        ({f"module.{key}": value for key, value in state.items()}, r"state dict of its \.module"),
+        ({"model": state}, "save its 'model' alone, as a plain state dict"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match=sentence):
+            load_network(path, "linear_pcdeq_1", "tanh", "mnist")
+
+
 @pytest.mark.parametrize(
     "identity",
     [
