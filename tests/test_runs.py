@@ -134,7 +134,7 @@ def test_every_differing_flag_is_named(finished):
         check_folder(other)
     text = str(refusal.value)
     for difference in (
-        "-lr 0.001 (was 0.0005)", "--seed 7 (was 0)", "-epochs 2 (was 3)",
+        "-lr 0.001 (was 0.0005)", "--seed 7 (was 0)", "-epochs 2 (was 3, and may only be raised)",
         "--sample given (was not given)", "--tol 1e-05 (was 0.0001)",
     ):  # fmt: skip
         assert difference in text

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from made_up import made_up_run
 
-from pcdeq.experiments.errors import RunError
+from pcdeq.experiments import genuine, reproduce
+from pcdeq.experiments.errors import DataError, RunError
 from pcdeq.experiments.recipes import ROWS
 from pcdeq.experiments.reproduce import main
 from pcdeq.experiments.results import RECIPES, collect, read_metrics, read_results
@@ -368,3 +369,16 @@ def test_a_wrong_command_line_is_a_usage_error(words, capsys):
         main(ROOT, words)
     assert stop.value.code == 2
     assert "usage: reproduce.py" in capsys.readouterr().err
+
+
+def test_absent_data_is_said_once_before_any_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "run_all", lambda *_: pytest.fail("a run was begun"))
+    monkeypatch.setattr(genuine, "SOURCES", {"mnist": lambda root: root})
+
+    def absent(source):
+        raise DataError(f"MNIST is not in {source}")
+
+    monkeypatch.setattr(genuine, "genuine", absent)
+    words = ["mnist", "--results", str(tmp_path), "--data-root", str(tmp_path / "data")]
+    with pytest.raises(DataError, match=r"MNIST is not in .*data"):
+        main(ROOT, words)

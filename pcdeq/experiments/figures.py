@@ -102,7 +102,7 @@ def result_figures(results: Iterable[Result], directory: str | Path) -> list[Pat
                     labels = axis.get_legend_handles_labels()[1]
                     columns = 2 if max(map(len, labels)) < 20 else 1
                     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns)
-                    axis.xaxis.get_major_locator().set_params(integer=True)
+                    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
             paths.append(Path(f"{path}.png"))
     return paths
 
@@ -192,13 +192,13 @@ def run_figures(folders: Sequence[str | Path], directory: str | Path) -> list[Pa
         _pair(upper, runs, "test_acc", "train_acc", "accuracy, %")
         _pair(lower, runs, "test_loss", "train_loss", "cross entropy, nats")
         lower.set(yscale="log", xlabel="epoch")
-        lower.xaxis.get_major_locator().set_params(integer=True)
+        lower.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         _legend(upper, "test", "training")
     with drawing(iterations, COLUMN, 2.5) as figure:
         axis = figure.subplots()
         _pair(axis, runs, "forward_iters", "backward_iters", "iterations of a solve")
         axis.set(ylim=(0, None), xlabel="epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         _legend(axis, "forward", "backward")
     return [Path(f"{path}.png") for path in (curves, iterations)]
 

@@ -57,12 +57,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.eps and len(folders) == len(flags.runs):
         parser.error("--eps is for checkpoints: name best.pth or last.pth in the folder")
     checkpoints = distinct((run for run in flags.runs if run not in folders), _name)
-    # All are read before anything is drawn.
+    # All are read before anything is drawn; what needs data, which may be absent, comes first.
     models = {name: load_network(path, *identity(flags)) for name, path in checkpoints.items()}
-    made = run_figures(folders, flags.out) if folders else []
+    made = []
     for name, model in models.items():
         with machine.threads_for(model.name):
             made += _of_checkpoint(model, name, flags)
+    made += run_figures(folders, flags.out) if folders else []
     print(*made, sep="\n")
 
 

@@ -108,7 +108,8 @@ def genuine(source: Genuine) -> tuple[Labelled, Labelled]:
         reason = str(error).strip().splitlines()[-1].strip("<>")
         raise DataError(
             f"{source.title} is not in {wanted[0].parent} and cannot be downloaded ({reason}): "
-            f"put {names} there (from {source.url}), or use --sample, which needs no download"
+            f"put {names} there (from {source.url}), name the folder that has it with "
+            "--data-root, or use --sample, which needs no download"
         ) from error
 
 

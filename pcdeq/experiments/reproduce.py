@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     instead("--collect", metavar="RUN", nargs="+", type=Path,
             help="take in run folders, or folders of them")
     instead("--table", action="store_true",
-            help="print the tables; the full ones of results/ update README.md")
+            help="print the tables; those of all rows of results/ go into README.md too")
     instead("--figures", action="store_true", help="draw them to DIR/figures (matplotlib)")
 
     run = parser.add_argument_group("passed on to the runs").add_argument
@@ -139,6 +139,7 @@ def _run(
             "with another --results DIR they are measured anew"
         )
         return
+    _fetch({recipe.dataset for recipe, seed in asked if (recipe.name, seed) not in have}, args)
     threads = share(args.jobs)
     linear = ", the linear ones with 1" * any(job.serial for job in jobs) * (threads > 1)
     print(f"{len(jobs)} run(s), {args.jobs} at a time, {threads} thread(s) each{linear}")
@@ -151,6 +152,14 @@ def _run(
             print(f"failed: {failure.job.name}: {failure.reason}", file=sys.stderr)
     if failures:
         raise RunError(f"{len(failures)} of {len(jobs)} runs failed; the same command tries again")
+
+
+def _fetch(datasets: set[str], args: argparse.Namespace) -> None:
+    """Downloads what is absent, once and before any run; raises DataError where that fails."""
+    from pcdeq.experiments.genuine import SOURCES, genuine  # late: torchvision takes a second
+
+    for dataset in sorted(datasets):
+        genuine(SOURCES[dataset](Path(args.data_root or "data")))
 
 
 def _job(recipe: Recipe, seed: int, runs: Path, root: Path, options: dict[str, object]) -> Job:

@@ -71,7 +71,8 @@ def check_folder(config: RunConfig) -> None:
         old = read_config(folder)
         different = differences(old, config.identity())
         if config.epochs < old.get("epochs", 0):
-            different += ", " * bool(different) + f"-epochs {config.epochs} (was {old['epochs']})"
+            fewer = f"-epochs {config.epochs} (was {old['epochs']}, and may only be raised)"
+            different += ", " * bool(different) + fewer
         if different:
             raise ValueError(f"--resume continues {folder} with the same flags, but: {different}")
 
