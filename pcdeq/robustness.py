@@ -69,10 +69,9 @@ def robust(model: nn.Sequential, lower: Tensor, upper: Tensor, target: Tensor) -
             a ``forward`` of its own or a hook.
         ValueError: a lower corner is above the upper one, a target is no class, or shapes differ.
     """
-    if lower.shape != upper.shape or target.shape != lower.shape[:1]:
+    if target.shape != lower.shape[:1]:
         raise ValueError(
-            "corners must be of one shape (B, …) and targets of shape (B,), not "
-            f"{(*lower.shape,)}, {(*upper.shape,)} and {(*target.shape,)}"
+            f"targets of shape (B,) are needed, B = {len(lower)}, not {(*target.shape,)}"
         )
     *features, classifier = _layers(model)
     if type(classifier) is not nn.Linear:
@@ -123,6 +122,8 @@ def _check_forward(module: nn.Module) -> None:
 
 
 def _walk(layers: list[nn.Module], lower: Tensor, upper: Tensor) -> Box:
+    if lower.shape != upper.shape:
+        raise ValueError(f"corners differ in shape: {(*lower.shape,)} and {(*upper.shape,)}")
     device = next((_lift(p).device for layer in layers for p in layer.parameters()), lower.device)
     box = Box(lower.to(device).double(), upper.to(device).double())
     if (box.lower > box.upper).any():  # an empty box would be proved to hold anything

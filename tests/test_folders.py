@@ -132,7 +132,8 @@ def test_ten_classes_of_ones_own_are_not_digits():
     assert len(data.test_set(network, sample=True)) == 1000
     network.class_names = tuple("abcdefghij")
     with pytest.raises(
-        DataError, match=r"network knows a, b, c, d, e; only the images have 0, 1, 2, 3, 4$"
+        DataError,
+        match=r"network knows a, b, c, d, e, \.\.\.; only the images have 0, 1, 2, 3, 4, \.\.\.$",
     ):
         data.test_set(network, sample=True)
     network.class_names = data.DIGITS
@@ -145,6 +146,10 @@ def test_a_hidden_folder_is_no_class(tmp_path):
     train_set, _, classes = load("svhn", image_folder=tmp_path)
     assert classes == 2 and train_set.class_names == ("cat", "dog")
     assert train_set.labels.tolist() == [0, 0, 1, 1]
+    for name in ("cat", "dog"):
+        (tmp_path / "train" / name).rename(tmp_path / "train" / f".{name}")
+    with pytest.raises(DataError, match="train: it holds no class but hidden folders"):
+        load("svhn", image_folder=tmp_path)
 
 
 def test_a_run_does_not_go_on_with_other_test_images(tmp_path):

@@ -235,6 +235,9 @@ def test_what_it_does_not_know_it_refuses():
         with pytest.raises(ValueError, match=r"targets of shape \(B,\)"):
             robust(plain, x, x, targets)
 
+    with pytest.raises(ValueError, match=r"corners differ in shape: \(2, 4\) and \(1, 4\)"):
+        logit_bounds(plain, x, x[:1])
+
     class Negated(nn.Linear):
         def forward(self, h):
             return -super().forward(h)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcdeq.experiments.errors import DataError
+from pcdeq.experiments.errors import DataError, shortened
 from pcdeq.networks import DATASETS, Network, check_dataset
 
 NORMALISATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # mean, std per channel
@@ -217,14 +217,12 @@ def test_set(
         _, images, _ = load(network.dataset, root=root, sample=sample, device=device)
         names = DIGITS if sample else CLASSES[network.dataset]
     known = network.class_names or names
-    only = [
-        ", ".join(sorted(set(a) - set(b))[:5]) or "none"
-        for a, b in ((known, names), (names, known))
-    ]
-    if only != ["none", "none"]:
+    missing, foreign = sorted(set(known) - set(names)), sorted(set(names) - set(known))
+    if missing or foreign:
         raise DataError(
             "the network was trained on other classes than the images have: only the network "
-            f"knows {only[0]}; only the images have {only[1]}"
+            f"knows {shortened(missing) or 'none'}; only the images have "
+            f"{shortened(foreign) or 'none'}"
         )
     if len(names) != network.classes:
         raise DataError(

@@ -94,7 +94,7 @@ def data_source(flags: argparse.Namespace) -> dict[str, object]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes no abbreviation for a flag: ``-n`` is not ``-net``, nor would 40 epochs be meant."""
+    """Takes no abbreviation for a flag: a slip must not start hours of training."""
 
     def _get_option_tuples(self, option_string: str) -> list[tuple]:
         # allow_abbrev=False leaves those of one dash; what stays are values as in -b64.

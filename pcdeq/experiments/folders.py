@@ -1,7 +1,6 @@
 """Anyone's images: a folder for each class, read once, by several threads."""
 
 import warnings
-from collections.abc import Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from torchvision import datasets
 from tqdm import tqdm
 
-from pcdeq.experiments.errors import DataError
+from pcdeq.experiments.errors import DataError, shortened
 
 Labelled = tuple[Tensor, Tensor]  # images uint8 (N, C, H, W), labels int64 (N,)
 
@@ -51,6 +50,8 @@ class _Folder(datasets.ImageFolder):
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         classes = [name for name in super().find_classes(directory)[0] if name[0] != "."]
+        if not classes:
+            raise FileNotFoundError("it holds no class but hidden folders")
         return classes, {name: label for label, name in enumerate(classes)}
 
 
@@ -89,8 +90,3 @@ def _decode(listed: datasets.ImageFolder, shape: tuple[int, int, int]) -> Labell
         for _ in tqdm(done, f"reading {listed.root}", len(listed), leave=False, disable=None):
             pass
     return torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(listed.targets)
-
-
-def shortened(names: Sequence[str], most: int = 5) -> str:
-    """The first few of them, for a message."""
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -28,6 +28,7 @@ from pcdeq.experiments.flags import (
     program,
     radius,
 )
+from pcdeq.implicit import PcDEQConv2d
 from pcdeq.networks import Network
 from pcdeq.weights import load_network
 
@@ -76,7 +77,7 @@ def _name(path: Path) -> str:
 def _of_checkpoint(model: Network, name: str, flags: argparse.Namespace) -> list[Path]:
     warn_of_negative_weights(model)
     images = test_set(model, **data_source(flags))
-    count = BATCH if machine.is_serial(model.name) else BATCH // 10
+    count = BATCH // 10 if isinstance(model.blocks[0], PcDEQConv2d) else BATCH
     batch, _ = images.some(count).batch(slice(count))
     made = [convergence_figure(history(model, batch), flags.out / f"{name}_convergence")]
     if flags.eps:

@@ -81,7 +81,7 @@ def train(config: RunConfig) -> RunResult:
             run.begin({"parameters": size, **where})
         say(
             f"{config.net} ({config.activation}), {size:,} parameters, on {where['device_name']}, "
-            f"{workers(processes.world, where['threads'])}\n"
+            f"{_workers(processes.world, where['threads'])}\n"
             f"{len(trainer.images):,} training and {len(test_set):,} test images ({config.data})"
         )
         if warning := machine.precision_warning(config.precision, processes.device):
@@ -215,7 +215,7 @@ def _certify(run: Run, trainer: Trainer, test_set: ImageSet, say: Callable[[str]
     say(format_certificates(certificates))
 
 
-def workers(processes: int, threads: int) -> str:
+def _workers(processes: int, threads: int) -> str:
     """How many of both, in words."""
     text = f"{threads} thread" + "s" * (threads > 1)
     return f"{processes} processes of {text}" if processes > 1 else text
