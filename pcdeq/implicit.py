@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 from pcdeq.activations import Activation, get_activation
 from pcdeq.injections import INJECTIONS
 from pcdeq.layers import ConcaveLayer, Nonnegative, NonnegativeConv2d, NonnegativeLinear
-from pcdeq.solvers import BF16_TOL, LOW, SOLVERS, Linearised, Solve, refine
+from pcdeq.refinement import BF16_TOL, LOW, Linearised, refine
+from pcdeq.solvers import SOLVERS, Solve
 
 PRECISIONS = ("fp32", "mixed", "bf16")
 

@@ -12,6 +12,7 @@ are what solvers iterate.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -158,18 +159,30 @@ class ConcaveLayer(nn.Module):
         For use without a graph (σ is in place); each value is memory of its own. The same holds of
         ``tangent`` and ``adjoint``.
         """
-        affine, sigma_ = self.W.affine, self.activation.function_  # looked up once for a solve
-        return lambda z: sigma_(x.clone() if z is None else affine(z, weight, x))
+        return partial(_f, self.W.affine, self.activation.function_, x, weight)
 
     def tangent(self, slope: Tensor, r: Tensor, weight: Tensor) -> Callable[[Tensor], Tensor]:
         """v ↦ Jv + r = σ'∘(Wv) + r, from the slope σ' and W."""
-        apply = self.W.apply
-        return lambda v: torch.addcmul(r, slope, apply(v, weight))
+        return partial(_tangent, self.W.apply, r, slope, weight)
 
     def adjoint(self, slope: Tensor, b: Tensor, transposed: Tensor) -> Callable[[Tensor], Tensor]:
         """g ↦ Jᵀg + b = Wᵀ(σ'∘g) + b, from the slope σ' and Wᵀ."""
-        affine = self.W.affine
-        return lambda g: affine(slope * g, transposed, b)
+        return partial(_adjoint, self.W.affine, b, slope, transposed)
+
+
+# Plain functions with nothing but arguments: a solver can see all that a map depends on.
+
+
+def _f(affine: Callable, sigma_: Callable, x: Tensor, weight: Tensor, z: Tensor | None) -> Tensor:
+    return sigma_(x.clone() if z is None else affine(z, weight, x))
+
+
+def _tangent(apply: Callable, r: Tensor, slope: Tensor, weight: Tensor, v: Tensor) -> Tensor:
+    return torch.addcmul(r, slope, apply(v, weight))
+
+
+def _adjoint(affine: Callable, b: Tensor, slope: Tensor, transposed: Tensor, g: Tensor) -> Tensor:
+    return affine(slope * g, transposed, b)
 
 
 class _WeightNorm(torch.autograd.Function):

@@ -11,47 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from maps import Map, slow
 from torch import Tensor
 
 from pcdeq import solvers
-from pcdeq.solvers import SOLVERS, Linearised, anderson, picard, refine
+from pcdeq.solvers import SOLVERS, anderson, picard
 
 every = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
-
-
-class Map:
-    """z ↦ min(Az + b, 6), which writes down what it was called with."""
-
-    def __init__(self, A: Tensor, b: Tensor):
-        self.A, self.b = A, b
-        self.calls = 0
-        self.least = 0.0  # entry of any argument
-        self.starts_at_none = False
-
-    def __call__(self, z: Tensor | None) -> Tensor:
-        self.calls += 1
-        if z is None:
-            self.starts_at_none = True
-            return self.b.clamp(max=6)
-        self.least = min(self.least, z.min().item())
-        return (z @ self.A.T + self.b).clamp(max=6)
-
-    def to(self, dtype: torch.dtype) -> "Map":
-        return Map(self.A.to(dtype), self.b.to(dtype))
-
-    def tangent(self, fz: Tensor, r: Tensor):
-        slope = (fz < 6).to(fz.dtype)
-        return lambda v: slope * (v @ self.A.T) + r
-
-    def solution(self) -> Tensor:
-        eye = torch.eye(len(self.A), dtype=torch.float64)
-        return torch.linalg.solve(eye - self.A.double(), self.b.double().T).T
-
-
-def slow(rho: float, batch: int = 4, n: int = 7, dtype: torch.dtype = torch.float64) -> Map:
-    A = torch.rand(n, n, dtype=torch.float64)
-    A *= rho / torch.linalg.eigvals(A).abs().max()
-    return Map(A.to(dtype), (0.05 + 0.05 * torch.rand(batch, n)).to(dtype))
 
 
 def textbook(f: Map, z: Tensor, tol: float, max_iter: int) -> tuple[Tensor, int, float, bool]:
@@ -63,19 +29,6 @@ def textbook(f: Map, z: Tensor, tol: float, max_iter: int) -> tuple[Tensor, int,
             return fz, iteration, residual, True
         z = fz
     return fz, max_iter, residual, False
-
-
-def mixed(f: Map, z: Tensor | None = None, solver=picard, **rule):
-    low = f.to(torch.bfloat16)
-    return refine(at(f, low), z, solver=solver, dtype=f.b.dtype, **rule), low
-
-
-def at(f: Map, low: Map, tangent=None):
-    """Both precisions, as ``refine`` takes them."""
-    return {
-        f.b.dtype: Linearised(f, f.tangent),
-        low.b.dtype: Linearised(low, tangent or low.tangent),
-    }.get
 
 
 @pytest.mark.parametrize("tol", [1e-1, 1e-4, 1e-9])
@@ -321,74 +274,6 @@ def test_anderson_keeps_to_the_orthant_where_asked(nonnegative):
     assert solve.converged
     torch.testing.assert_close(solve.z, f.solution(), rtol=1e-7, atol=0)
     assert (f.least >= 0) == nonnegative
-
-
-@every
-@pytest.mark.parametrize("rho", [0.5, 0.95])
-@pytest.mark.parametrize("start", [None, 3.0])
-def test_refinement_meets_the_full_rule_with_few_full_evaluations(solver, rho, start):
-    f = slow(rho, dtype=torch.float32)
-    z = None if start is None else torch.full_like(f.b, start)
-    solve, _ = mixed(f, z, solver, tol=1e-4, max_iter=300)
-    assert solve.converged and solve.residual < 1e-4
-    assert solve.z.dtype == torch.float32
-    again = ((f(solve.z) - solve.z).norm() / f(solve.z).norm()).item()
-    assert again < 1e-4  # the map contracts, so the result meets the rule as well
-    error = (solve.z.double() - f.solution()).norm() / f.solution().norm()
-    assert error < 1e-4 / (1 - rho)
-    assert solve.full <= 4
-
-
-def test_refinement_counts_evaluations_of_both_precisions():
-    f = slow(0.9, dtype=torch.float32)
-    low, tangents = f.to(torch.bfloat16), []
-
-    def tangent(fz, r):
-        assert fz.dtype == torch.bfloat16
-        product = low.tangent(fz, r)
-        return lambda v: tangents.append(v) or product(v)
-
-    both = at(f, low, tangent)
-    solve = refine(both, None, solver=picard, dtype=torch.float32, tol=1e-4, max_iter=99)
-    assert solve.full == f.calls
-    assert solve.iterations == f.calls + low.calls + len(tangents)
-    assert low.starts_at_none and tangents and all(v.dtype == torch.bfloat16 for v in tangents)
-
-
-@every
-@pytest.mark.parametrize("max_iter", [1, 2, 3, 4, 5, 8, 13])
-def test_refinement_never_exceeds_max_iter(solver, max_iter):
-    f = slow(0.95, dtype=torch.float32)
-    solve, _ = mixed(f, None, solver, tol=1e-7, max_iter=max_iter)
-    assert solve.iterations == max_iter and not solve.converged
-    assert f.calls == solve.full >= 1
-    assert solve.z.dtype == torch.float32 and solve.z.isfinite().all()
-
-
-HARMFUL = {
-    "wrong direction": lambda r: lambda v: -50 * r,
-    "too long": lambda r: lambda v: 1000 * r,
-    "not finite": lambda r: lambda v: r * math.nan,
-    "growing": lambda r: lambda v: 3 * v + r,
-}
-
-
-@pytest.mark.parametrize("harm", HARMFUL)
-def test_refinement_drops_a_correction_that_does_not_lower_the_residual(harm):
-    f = slow(0.8, dtype=torch.float32)
-    both = at(f, f.to(torch.bfloat16), lambda fz, r: HARMFUL[harm](r))
-    solve = refine(both, None, solver=picard, dtype=torch.float32, tol=1e-5, max_iter=10_000)
-    assert solve.converged
-    torch.testing.assert_close(solve.z.double(), f.solution(), rtol=1e-3, atol=0)
-    assert f.least >= 0
-
-
-def test_refinement_stops_where_the_map_is_not_finite():
-    f = slow(0.8, dtype=torch.float32)
-    low = f.to(torch.bfloat16)
-    f.b[0, 0] = math.nan
-    solve = refine(at(f, low), None, solver=picard, dtype=f.b.dtype, tol=1e-4, max_iter=99)
-    assert math.isnan(solve.residual) and not solve.converged and solve.full == 1
 
 
 def test_norms_of_bfloat16_are_accumulated_in_float32():

@@ -1,0 +1,107 @@
+"""z = f(z) in mixed precision: solve roughly in bfloat16, correct until the full f meets the rule.
+
+It is the iterative refinement of numerical linear algebra (Wilkinson, 1963; Carson and Higham,
+2018) with a Newton correction in place of a linear solve.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pcdeq.solvers import Map, Solve, norm, read, relative
+
+LOW = torch.bfloat16  # the low precision
+BF16_TOL = 2.0**-8  # its unit roundoff: the least residual that it can be asked for
+ROUGH_TOL = BF16_TOL  # of the first solve in bfloat16
+CORRECTION_TOL = 0.02  # of a correction: small already, a few percent of it are enough
+
+
+class Linearised(NamedTuple):
+    """A map together with its tangent: ``tangent(f(z), r)`` is the map v ↦ J(z)v + r."""
+
+    f: Map
+    tangent: Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]
+
+
+def refine(
+    at: Callable[[torch.dtype], Linearised],
+    z: Tensor | None,
+    *,
+    solver: Callable[..., Solve],
+    dtype: torch.dtype,
+    tol: float,
+    max_iter: int,
+    nonnegative: bool = True,
+) -> Solve:
+    """Mixed precision: solve roughly in bfloat16, then correct until the full f meets the rule.
+
+    Each round evaluates f once in full precision, which checks the rule and gives the residual
+    r = f(z) − z; the Newton correction δ = Jδ + r is solved in bfloat16 to a few percent,
+    and z + δ = f(z) + (δ − r) is the next z. The fixed point is unique, so any nonnegative z is a
+    safe place to go on from: a correction that did not lower the residual is dropped, and the plain
+    step f(z) taken in its place.
+
+    Args:
+        at: the map and its tangent in a precision; made anew each time, so that what one precision
+            needs takes no memory while the other is at work.
+        z: start in the full precision, or ``None`` for the origin.
+        solver: one of ``SOLVERS``, for both kinds of solves in bfloat16.
+        dtype: the full precision.
+        tol: as for ``picard``, of the residual in full precision.
+        max_iter: largest number of evaluations, of either precision together.
+        nonnegative: project corrected iterates onto the nonnegative orthant.
+    """
+    if max_iter == 1:
+        return solver(at(dtype).f, z, tol=tol, max_iter=1, nonnegative=nonnegative)
+    z, iterations = _roughly(at(LOW), z, solver, dtype, max_iter - 1, nonnegative)
+    full, before = 0, math.inf
+    plain = None  # the plain step, while a correction taken in its place is on trial
+    while True:
+        r = None  # f may have its memory
+        fz = at(dtype).f(z)
+        iterations, full = iterations + 1, full + 1
+        r = torch.sub(fz, z, out=None if fz is z else z)
+        del z  # r has its memory
+        residual = relative(*read([norm(r), norm(fz)]))
+        if residual < tol or iterations >= max_iter:
+            return Solve(fz, iterations, full, residual, residual < tol)
+        if plain is not None and not residual < before:  # NaN fails too
+            z, plain = plain, None
+            continue
+        if math.isnan(residual):
+            return Solve(fz, iterations, full, residual, False)
+        before = residual
+        if iterations + 1 < max_iter:
+            r = r.to(LOW)  # in full it would take memory meanwhile
+            z, spent = _corrected(at(LOW), fz, r, solver, max_iter - 1 - iterations)
+            iterations, plain = iterations + spent, fz
+            if nonnegative:
+                z.clamp_(min=0)
+        else:
+            z, plain = fz, None
+
+
+def _roughly(
+    low: Linearised,
+    z: Tensor | None,
+    solver: Callable[..., Solve],
+    dtype: torch.dtype,
+    max_iter: int,
+    nonnegative: bool,
+) -> tuple[Tensor, int]:
+    """The fixed point as bfloat16 has it, and the evaluations that it took."""
+    start = None if z is None else z.to(LOW)
+    rough = solver(low.f, start, tol=ROUGH_TOL, max_iter=max_iter, nonnegative=nonnegative)
+    return rough.z.to(dtype), rough.iterations
+
+
+def _corrected(
+    low: Linearised, fz: Tensor, r: Tensor, solver: Callable[..., Solve], max_iter: int
+) -> tuple[Tensor, int]:
+    """z + δ with δ = Jδ + r solved in bfloat16, and the products that it took."""
+    rule = {"tol": CORRECTION_TOL, "max_iter": max_iter, "nonnegative": False}
+    correction = solver(low.tangent(fz.to(LOW), r), r, **rule)
+    return fz + (correction.z - r), correction.iterations  # z = f(z) − r
