@@ -5,6 +5,7 @@ takes an H100 15 µs, and its launches 120. A recorded graph works in fixed plac
 them, and ``lend`` keeps a few recordings for whoever comes again with tensors of the same kind.
 """
 
+import functools
 import threading
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -44,9 +45,14 @@ class Replay:
         self.results: Any = self._record()
 
     def _record(self) -> Any:
+        here = torch.cuda.current_stream()
+        stream, pool = _place(here.cuda_stream, torch.cuda.current_device())
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            self._call()  # so that what cuBLAS takes for itself on a stream is not of this graph
         self._graph = torch.cuda.CUDAGraph()
         # By thread, as others may well use the device meanwhile: NCCL's watchdog does.
-        mode = {"stream": torch.cuda.Stream(), "capture_error_mode": "thread_local"}
+        mode = {"stream": stream, "pool": pool, "capture_error_mode": "thread_local"}
         with _ONE_AT_A_TIME, torch.cuda.graph(self._graph, **mode):
             return self._call()
 
@@ -58,6 +64,15 @@ class Replay:
         """Computes ``results`` from the graph's own tensors as they stand."""
         self._graph.replay()
         return self.results
+
+
+@functools.cache
+def _place(stream_id: int, device: int) -> tuple[torch.cuda.Stream, tuple[int, int]]:
+    """Where graphs for a stream are recorded, and the memory that their temporaries share.
+
+    They run one after another there; those of another stream may run at the same time.
+    """
+    return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
 
 _ONE_AT_A_TIME = threading.Lock()  # torch records one graph at a time
