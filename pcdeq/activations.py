@@ -55,7 +55,7 @@ class Activation:
 
     def derivative(self, v: Tensor) -> Tensor:
         """σ'(s) as a function of v = σ(s), for s ≥ 0; shape and dtype of v."""
-        return self.vjp(v.new_ones(()).expand_as(v), v)
+        return self.vjp(torch.ones_like(v), v)
 
     def __reduce__(self) -> tuple:
         return get_activation, (self.name,)  # pickled and copied as its name

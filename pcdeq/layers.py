@@ -81,7 +81,7 @@ class NonnegativeLinear(Nonnegative):
     @staticmethod
     def affine(z: Tensor, weight: Tensor, b: Tensor) -> Tensor:
         """Wz + b, shape (B, features)."""
-        return F.linear(z, weight).add_(b)
+        return torch.addmm(b, z, weight.t())
 
     @staticmethod
     def transpose(weight: Tensor) -> Tensor:

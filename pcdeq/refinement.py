@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pcdeq.solvers import Map, Solve, norm, read, relative
+from pcdeq.solvers import Map, Solve, norm, relative
 
 LOW = torch.bfloat16  # the low precision
 BF16_TOL = 2.0**-8  # its unit roundoff: the least residual that it can be asked for
@@ -65,7 +65,7 @@ def refine(
         iterations, full = iterations + 1, full + 1
         r = torch.sub(fz, z, out=None if fz is z else z)
         del z  # r has its memory
-        residual = relative(*read([norm(r), norm(fz)]))
+        residual = relative(*_read([norm(r), norm(fz)]))
         if residual < tol or iterations >= max_iter:
             return Solve(fz, iterations, full, residual, residual < tol)
         if plain is not None and not residual < before:  # NaN fails too
@@ -105,3 +105,10 @@ def _corrected(
     rule = {"tol": CORRECTION_TOL, "max_iter": max_iter, "nonnegative": False}
     correction = solver(low.tangent(fz.to(LOW), r), r, **rule)
     return fz + (correction.z - r), correction.iterations  # z = f(z) − r
+
+
+def _read(scalars: list[Tensor]) -> list[float]:
+    """Python floats of 0-dimensional tensors, with one synchronisation for all of them."""
+    if scalars[0].device.type == "cpu":
+        return [s.item() for s in scalars]
+    return torch.stack(scalars).tolist()

@@ -22,10 +22,6 @@ from pcdeq import replay
 
 EPSILON = 1e-5  # in the denominator of the residual, so that z* = 0 is no special case
 
-# Reading a residual stops a GPU until it is idle, so there several evaluations are queued first.
-# Iterates behind the first that meets the rule are dropped: the result does not depend on this.
-CHECK_EVERY = {"cpu": 1, "cuda": 4, "mps": 4}
-
 Map = Callable[[Tensor | None], Tensor]
 
 
@@ -125,42 +121,26 @@ SOLVERS: dict[str, Callable[..., Solve]] = {"picard": picard, "anderson": anders
 
 
 def _iterate(f: Map, z: Tensor | None, mix: Mix, tol: float, max_iter: int) -> Solve:
-    """Iterates until f(z) meets the rule, reading residuals a few at a time.
+    """Iterates until f(z) meets the rule.
 
     ‖f(z)‖ is left out where the rule cannot hold as ‖f(z)‖ ≤ ‖z‖ + ‖r‖; of the plain step, whose z
     is the last f(z), ‖z‖ is bounded so.
     """
-    if isinstance(f, partial) and replay.pays(f):
-        with replay.lend(_few_from(f, z, mix)) as few:
-            if few:
-                return _replayed(few, tol, max_iter)
+    n = _at_once(f)
+    if n > 1:
+        return _iterate_at_once(n, f, z, mix, tol, max_iter)
     iterations, before, spare, plain = 0, None, None, mix is _plain
     z_norm = 0.0 if z is None and plain else math.inf  # an upper bound
     while True:
-        pending, norms = [], []
-        for _ in range(max_iter - iterations):
-            r = None  # f may have its memory
-            fz = f(z)
-            out = None if pending or fz is z else spare  # what is pending may be the solution
-            r = fz if z is None else torch.sub(fz, z, out=out)
-            pending.append(fz)
-            norms.append(norm(r))
-            check_every = CHECK_EVERY.get(fz.device.type, 1)
-            if len(pending) == check_every:
-                break
-            z, before, spare = mix(fz, r, before)
-        if not plain:  # all of them are wanted, with one synchronisation
-            norms += map(norm, pending)
-        norms = read(norms)
-        sizes = norms[len(pending) :]
-        for k, fz in enumerate(pending):
-            change = norms[k]
-            iterations += 1
-            z_norm += change
-            # A tenth more than the tolerance, as norms are rounded; NaN is not above it.
-            if change > 1.1 * tol * (z_norm + EPSILON) and iterations < max_iter:
-                continue
-            size = sizes[k] if sizes else norm(fz).item()
+        r = None  # f may have its memory
+        fz = f(z)
+        r = fz if z is None else torch.sub(fz, z, out=None if fz is z else spare)
+        change = norm(r).item()
+        iterations += 1
+        z_norm += change
+        # A tenth more than the tolerance, as norms are rounded; NaN is not above it.
+        if not change > 1.1 * tol * (z_norm + EPSILON) or iterations == max_iter:
+            size = norm(fz).item()
             residual = relative(change, size)
             if not residual >= tol or iterations == max_iter:  # NaN ends a solve too
                 return Solve(fz, iterations, iterations, residual, residual < tol)
@@ -169,44 +149,88 @@ def _iterate(f: Map, z: Tensor | None, mix: Mix, tol: float, max_iter: int) -> S
         z, before, spare = mix(fz, r, before)
 
 
-def _replayed(few: replay.Replay, tol: float, max_iter: int) -> Solve:
-    """The same with a few evaluations at each replay."""
+def _at_once(f: Map) -> int:
+    """How many evaluations are made before their residuals are read.
+
+    Reading one makes a GPU wait for the processor. Few of large tensors: they are kept meanwhile,
+    and those behind the first that meets the rule are made in vain.
+    """
+    for a in f.args if isinstance(f, partial) else ():
+        if isinstance(a, Tensor):
+            return 1 if a.is_cpu else 4 if a.numel() <= replay.LARGEST else 2
+    return 1
+
+
+def _iterate_at_once(
+    n: int, f: Map, z: Tensor | None, mix: Mix, tol: float, max_iter: int
+) -> Solve:
+    """The same, n evaluations at a time: replayed where that pays, or else launched.
+
+    Iterates behind the first that meets the rule are dropped: the result does not depend on n.
+    """
+    if isinstance(f, partial) and replay.pays(f):
+        with replay.lend(_from(n, f, z, mix)) as recorded:
+            if recorded:
+                solve = _first_below(recorded, tol, max_iter)
+                return solve._replace(z=solve.z.clone())  # the recording writes there again
+    before = None
+
+    def launched() -> tuple[list[Tensor], Tensor]:
+        nonlocal z, before
+        evaluations, norms, z, before = _iterations(n, f, z, mix, before)
+        return evaluations, norms
+
+    return _first_below(launched, tol, max_iter)
+
+
+def _first_below(
+    next_few: Callable[[], tuple[list[Tensor], Tensor]], tol: float, max_iter: int
+) -> Solve:
+    """The first evaluation that meets the rule, of few after few, each with its norms."""
     iterations = 0
     while True:
-        evaluations, norms = few()
+        evaluations, norms = next_few()
         for fz, change, size in zip(evaluations, *norms.tolist(), strict=True):
             iterations += 1
             residual = relative(change, size)
             if not residual >= tol or iterations == max_iter:
-                return Solve(fz.clone(), iterations, iterations, residual, residual < tol)
+                return Solve(fz, iterations, iterations, residual, residual < tol)
 
 
-def _few_from(f: partial, z: Tensor | None, mix: Mix) -> partial:
-    """The first few iterations from z, as a call to record."""
+def _iterations(
+    n: int, f: Map, z: Tensor | None, mix: Mix, before: Before | None
+) -> tuple[list[Tensor], Tensor, Tensor, Before | None]:
+    """n evaluations, ‖r‖ and ‖f(z)‖ of each (2, n), and the z and the before to go on from."""
+    evaluations, residuals = [], []
+    for _ in range(n):
+        fz = f(z)
+        r = fz if z is None else fz - z
+        evaluations.append(fz)
+        residuals.append(r)
+        z, before, _ = mix(fz, r if mix is _plain else r.clone(), before)  # it may take r's memory
+    norms = torch._foreach_norm(residuals + evaluations)  # one launch for all
+    return evaluations, torch.stack(norms).view(2, n), z, before
+
+
+def _from(n: int, f: partial, z: Tensor | None, mix: Mix) -> partial:
+    """The first n iterations from z, as a call to record."""
     if z is None:
         z = torch.zeros_like(next(a for a in f.args if isinstance(a, Tensor)))
     before = [None] * 3
     if mix is not _plain:
         zero = torch.zeros_like(z)  # from where a secant step is the plain one
         before = zero, zero, _sample_squares(zero)
-    return partial(_few, CHECK_EVERY["cuda"], mix, z, *before, f.func, *f.args)
+    return partial(_recorded, n, mix, z, *before, f.func, *f.args)
 
 
-def _few(n, mix, z, before_fz, before_r, before_square, f, *args) -> tuple[list[Tensor], Tensor]:
-    """n evaluations, and ‖r‖ and ‖f(z)‖ of each (2, n); z and before become those of the next."""
+def _recorded(n, mix, z, before_fz, before_r, before_square, f, *args):
+    """As ``_iterations``, of tensors that stay: z and before become those of the next call."""
     start = z, before_fz, before_r, before_square
-    before, evaluations, residuals = Before(*start[1:]), [], []
-    for _ in range(n):
-        fz = f(*args, z)
-        evaluations.append(fz)
-        residuals.append(fz - z)
-        r = residuals[-1] if mix is _plain else residuals[-1].clone()  # whose memory a mix may take
-        z, before, _ = mix(fz, r, before)
+    evaluations, norms, z, before = _iterations(n, partial(f, *args), z, mix, Before(*start[1:]))
     for old, new in zip(start, (z, *before), strict=True):
         if old is not None:
             old.copy_(new)
-    norms = torch._foreach_norm(residuals + evaluations)  # one launch for all
-    return evaluations, torch.stack(norms).view(2, n)
+    return evaluations, norms
 
 
 def relative(change: float, size: float) -> float:
@@ -226,10 +250,3 @@ def _sample_squares(t: Tensor) -> Tensor:
     """‖·‖² of each sample, shape (B, 1, …), in float32 at least."""
     dtype = torch.promote_types(t.dtype, torch.float32)
     return vector_norm(t, dim=tuple(range(1, t.ndim)), keepdim=True, dtype=dtype).square_()
-
-
-def read(scalars: list[Tensor]) -> list[float]:
-    """Python floats of 0-dimensional tensors, with one synchronisation for all of them."""
-    if scalars[0].device.type == "cpu":
-        return [s.item() for s in scalars]
-    return torch.stack(scalars).tolist()

@@ -77,7 +77,7 @@ class Dtypes(torch.overrides.TorchFunctionMode):
         self.seen = []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (F.linear, F.conv2d, torch.conv2d, CONVOLUTION_PLUS):
+        if function in (F.linear, torch.addmm, F.conv2d, torch.conv2d, CONVOLUTION_PLUS):
             self.seen.append(next(a for a in args if isinstance(a, Tensor)).dtype)
         return function(*args, **(kwargs or {}))
 

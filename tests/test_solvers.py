@@ -131,7 +131,7 @@ def test_reading_residuals_late_changes_nothing(solver, tol, max_iter, monkeypat
     f.b[2] = 0.9  # a row that meets the kink
     results = []
     for every_so_many in (1, 2, 3, 4, 7):
-        monkeypatch.setitem(solvers.CHECK_EVERY, "cpu", every_so_many)
+        monkeypatch.setattr(solvers, "_at_once", lambda f, n=every_so_many: n)
         results.append(solver(f, None, tol=tol, max_iter=max_iter))
     for solve in results[1:]:
         assert torch.equal(solve.z, results[0].z) and solve[1:] == results[0][1:]
@@ -139,7 +139,7 @@ def test_reading_residuals_late_changes_nothing(solver, tol, max_iter, monkeypat
 
 @every
 def test_an_empty_batch_is_solved_at_once(solver, monkeypatch):
-    monkeypatch.setitem(solvers.CHECK_EVERY, "cpu", 4)  # late reading mixes before it knows
+    monkeypatch.setattr(solvers, "_at_once", lambda f: 4)  # late reading mixes before it knows
     solve = solver(lambda z: 0.5 * z, torch.ones(0, 3, 4, 4), tol=1e-4, max_iter=200)
     assert solve.converged and solve.iterations == 1 and solve.z.shape == (0, 3, 4, 4)
 
@@ -148,7 +148,7 @@ def test_reading_late_stops_at_the_first_that_meets_the_rule(monkeypatch):
     """Residuals that fall below the tolerance, rise again and fall again."""
     values = [8.0, 8.0001, 4.0, 4.0001, 2.0, 2.0001]
     for every_so_many in (1, 2, 3, 4, 7):
-        monkeypatch.setitem(solvers.CHECK_EVERY, "cpu", every_so_many)
+        monkeypatch.setattr(solvers, "_at_once", lambda f, n=every_so_many: n)
         remaining = iter(values + [1.0] * 7)
         solve = picard(
             lambda z, remaining=remaining: torch.full((1, 1), next(remaining)),
