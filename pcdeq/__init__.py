@@ -5,14 +5,9 @@ arXiv 2402.04029. This floor of the package needs torch alone; ``pcdeq.experimen
 """
 
 from pcdeq.activations import ACTIVATIONS, Activation
+from pcdeq.block import PcDEQConv2d, PcDEQLinear, project, register_projection
 from pcdeq.certificates import Certificate, certify
-from pcdeq.implicit import (
-    Equilibrium,
-    PcDEQConv2d,
-    PcDEQLinear,
-    project,
-    register_projection,
-)
+from pcdeq.implicit import Equilibrium
 from pcdeq.networks import NETWORKS, Network, build_network
 from pcdeq.robustness import robust
 from pcdeq.solvers import SOLVERS

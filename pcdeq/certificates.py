@@ -12,15 +12,15 @@ The bounds hold with rounding; what each rests on stands where it is computed.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from pcdeq.block import PcDEQ
 from pcdeq.enclosures import SMALLEST, Operator, enclose, full_float32
-from pcdeq.implicit import PcDEQ
 from pcdeq.rates import RATE_STEPS, largest, predicted_iterations, rate_bounds
 from pcdeq.solvers import EPSILON
 
@@ -220,7 +220,9 @@ class History:
 
 
 @torch.no_grad()
-def history(model: nn.Module, x: Tensor, steps: int = 60) -> list[History]:
+def history(
+    model: nn.Module, x: Tensor, steps: int = 60, after_step: Callable[[], object] = lambda: None
+) -> list[History]:
     """Residuals and widths against the iteration, for each block, on one batch; for pictures.
 
     Everything is iterated in float64, so that lines go on below float32's rounding.
@@ -229,19 +231,22 @@ def history(model: nn.Module, x: Tensor, steps: int = 60) -> list[History]:
         model: as for ``certify``.
         x: a batch of its inputs.
         steps: evaluations to record.
+        after_step: called after each evaluation, 2 · ``steps`` times for each block.
 
     Returns:
         One ``History`` for each block, each list ``steps`` long (``width``: one more).
     """
     return [
-        _history(name, block, x, certificate.rate_upper.max().item(), steps)
+        _history(name, block, x, certificate.rate_upper.max().item(), steps, after_step)
         for (name, block, x, _), certificate in zip(
             _visits(model, x), certify(model, x), strict=True
         )
     ]
 
 
-def _history(name: str, block: PcDEQ, x: Tensor, rate: float, steps: int) -> History:
+def _history(
+    name: str, block: PcDEQ, x: Tensor, rate: float, steps: int, after_step: Callable[[], object]
+) -> History:
     operator = Operator(block.deq.f)
     x = x.to(operator.device, torch.float64)
     low, high = torch.zeros_like(x), torch.full_like(x, operator.sigma.supremum)
@@ -254,6 +259,7 @@ def _history(name: str, block: PcDEQ, x: Tensor, rate: float, steps: int) -> His
         high = torch.minimum(high, operator.image(high, x, 1))
         width.append((high - low).max().item())
         z = new
+        after_step()
     transposed = block.deq.f.W.transpose(operator.weight)
     slope = operator.slope(operator.argument(z, x), -1)
     g = torch.ones_like(x)
@@ -262,6 +268,7 @@ def _history(name: str, block: PcDEQ, x: Tensor, rate: float, steps: int) -> His
         new = adjoint(g)
         backward.append(_residual(new, g))
         g = new
+        after_step()
     return History(name, forward, backward, width, rate, block.deq.tolerance)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pcdeq.activations import allowed
-from pcdeq.implicit import PcDEQ, PcDEQConv2d, PcDEQLinear
+from pcdeq.block import PcDEQ, PcDEQConv2d, PcDEQLinear
 from pcdeq.normalisation import BatchNorm2d
 
 DATASETS: dict[str, tuple[int, int, int]] = {  # name → C, H, W of its images

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
+from pcdeq.block import PcDEQ
 from pcdeq.certificates import evaluating
 from pcdeq.enclosures import UNIT, Operator, enclose, full_float32, product
-from pcdeq.implicit import PcDEQ
 from pcdeq.injections import smallest_positive
 
 SLACK = 1e-9  # margins above it are proved: far above what is left of rounding in their last sums

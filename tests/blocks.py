@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pcdeq.activations import ACTIVATIONS
-from pcdeq.implicit import PRECISIONS, PcDEQ, PcDEQConv2d, PcDEQLinear
+from pcdeq.block import PcDEQ, PcDEQConv2d, PcDEQLinear
+from pcdeq.implicit import PRECISIONS
 from pcdeq.solvers import SOLVERS
 
 KINDS = {"linear": PcDEQLinear, "conv": PcDEQConv2d}

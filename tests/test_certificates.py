@@ -207,7 +207,9 @@ def test_rates_hold_at_the_fixed_point_and_at_the_output(factor):
 def test_histories_fall_at_the_certified_rate(name, activation):
     model = trained(name, activation, 12 if "conv" in name else 250)
     images = digits()[2][:10]
-    histories = history(model, images, steps=40)
+    done = []
+    histories = history(model, images, steps=40, after_step=lambda: done.append(1))
+    assert len(done) == 2 * 40 * len(histories)
     assert [h.name for h in histories] == [c.name for c in certify(model, images)]
     for h in histories:
         assert len(h.forward) == len(h.backward) == 40 and len(h.width) == 41

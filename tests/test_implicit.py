@@ -18,11 +18,8 @@ from blocks import (
 from torch import Tensor
 
 from pcdeq.activations import ACTIVATIONS
-from pcdeq.implicit import (
-    PRECISIONS,
-    PcDEQ,
-    PcDEQLinear,
-)
+from pcdeq.block import PcDEQ, PcDEQLinear
+from pcdeq.implicit import PRECISIONS
 from pcdeq.solvers import SOLVERS
 
 # The value

@@ -22,10 +22,8 @@ from blocks import (
 from torch import Tensor
 
 from pcdeq import replay
-from pcdeq.implicit import (
-    PRECISIONS,
-    PcDEQLinear,
-)
+from pcdeq.block import PcDEQLinear
+from pcdeq.implicit import PRECISIONS
 from pcdeq.layers import CONVOLUTION_PLUS
 from pcdeq.solvers import SOLVERS
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from pcdeq.block import PcDEQConv2d
 from pcdeq.certificates import history
 from pcdeq.experiments import machine
 from pcdeq.experiments.certifying import robust_accuracy, warn_of_negative_weights
@@ -28,11 +29,11 @@ from pcdeq.experiments.flags import (
     program,
     radius,
 )
-from pcdeq.implicit import PcDEQConv2d
 from pcdeq.networks import Network
 from pcdeq.weights import load_network
 
 BATCH = 100  # images whose convergence is shown; of convolutions, which take long, a tenth
+STEPS = 60  # evaluations of each solve that are shown
 EXAMPLES = """\
   python plot.py runs/* -o figures
   python plot.py runs/first/best.pth --sample -o figures
@@ -79,7 +80,10 @@ def _of_checkpoint(model: Network, name: str, flags: argparse.Namespace) -> list
     images = test_set(model, **data_source(flags))
     count = BATCH // 10 if isinstance(model.blocks[0], PcDEQConv2d) else BATCH
     batch, _ = images.some(count).batch(slice(count))
-    made = [convergence_figure(history(model, batch), flags.out / f"{name}_convergence")]
+    steps = 2 * STEPS * len(model.blocks)
+    with tqdm(total=steps, unit="evaluation", leave=False, disable=None) as progress:
+        histories = history(model, batch, STEPS, progress.update)
+    made = [convergence_figure(histories, flags.out / f"{name}_convergence")]
     if flags.eps:
         images = images.some(flags.first)
         with tqdm(unit="batch", leave=False, disable=None) as progress:

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from pcdeq.block import PcDEQ
 from pcdeq.experiments.config import RunConfig
 from pcdeq.experiments.data import ImageSet
 from pcdeq.experiments.parallel import ALONE, Processes
-from pcdeq.implicit import PcDEQ
 from pcdeq.networks import Network
 
 

@@ -1,4 +1,4 @@
-"""Training with the equilibrium: projection, and memory that neither leaks nor grows."""
+"""pcdeq.block in training: projection, and memory that neither leaks nor grows."""
 
 import contextlib
 import copy
@@ -20,11 +20,7 @@ from blocks import (
 )
 from torch import Tensor, nn
 
-from pcdeq.implicit import (
-    PcDEQ,
-    project,
-    register_projection,
-)
+from pcdeq.block import PcDEQ, project, register_projection
 
 
 def training_step(block: PcDEQ, optimizer, h: Tensor, target: Tensor) -> float:
