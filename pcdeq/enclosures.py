@@ -19,8 +19,8 @@ products, since a library's convolution may choose Winograd's or Fourier's schem
 not relative ones. It also needs that nothing underflows: see ``SMALLEST``.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -108,9 +108,16 @@ class Operator:
         return self.layer.at(x.float(), self.weight.float())
 
 
-def full_float32() -> AbstractContextManager:
+@contextmanager
+def full_float32() -> Iterator[None]:
     """Keeps CUDA's convolutions from TensorFloat-32, whose candidates would be too coarse."""
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    convolutions = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
 
 
 class Enclosure(NamedTuple):

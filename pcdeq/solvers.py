@@ -51,8 +51,9 @@ def picard(
     Args:
         f: the map; ``f(None)`` means f(0). It must not write to its argument; what it returns is
             the solver's, to be written to, and not to be kept or returned again. On a GPU a
-            ``functools.partial`` is replayed, if its function depends on nothing but its arguments
-            and the first tensor among those bound is of the kind of z.
+            ``functools.partial`` of positional arguments is replayed. Its function must depend on
+            its arguments alone; those that are no tensors are hashable, and the first tensor is of
+            the kind of z.
         z: the start, any shape with the batch in front, or ``None`` for the origin.
         tol: relative tolerance of the stopping rule.
         max_iter: largest number of evaluations; where it is reached, ``converged`` is false.
@@ -195,6 +196,7 @@ def _first_below(
             residual = relative(change, size)
             if not residual >= tol or iterations == max_iter:
                 return Solve(fz, iterations, iterations, residual, residual < tol)
+        del evaluations, fz  # the next few may have their memory
 
 
 def _iterations(

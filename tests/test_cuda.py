@@ -1,9 +1,11 @@
 """What holds on a GPU alone; what holds everywhere is tested on each device where it stands."""
 
+import copy
 import csv
 import json
 import math
 import re
+import threading
 import warnings
 
 import pytest
@@ -125,21 +127,52 @@ def test_replays_are_what_is_launched_bit_by_bit(kind, solver):
         z = [block(h) for _ in range(3)]
         return torch.equal(z[0], z[1]) and torch.equal(z[0], z[2])
 
-    before = torch.backends.cudnn.allow_tf32
+    assert same()
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = matmul.fp32_precision, convolution.fp32_precision
     try:
-        for tf32 in (True, False):
-            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-            assert same()
+        matmul.fp32_precision, convolution.fp32_precision = "tf32", "ieee"
+        assert same()
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before, False
+        matmul.fp32_precision, convolution.fp32_precision = before
     with torch.inference_mode():
         assert same()
-    assert same()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         assert same()
-    assert sum(recording is not None for recording in replay._kept.values()) == 5
+    recorded = [r for r in replay._kept.values() if isinstance(r, replay.Replay)]
+    assert len(recorded) == 4
+
+
+def test_threads_that_share_a_stream_get_their_own_solutions():
+    block = make("linear", "tanh", root=0.9, n=64).cuda()
+    inputs = [torch.rand(batch, 64).cuda() for batch in (3, 5, 8, 8)]
+    with torch.no_grad():
+        wanted = [block(h) for h in inputs]
+    wrong = []
+
+    def work(h, z):
+        with torch.no_grad():
+            for _ in range(50):
+                if not torch.allclose(copy.copy(block)(h), z, atol=1e-5):
+                    wrong.append(len(h))
+
+    threads = [
+        threading.Thread(target=work, args=pair) for pair in zip(inputs, wanted, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_an_expanded_gradient_is_solved_for_by_replays():
+    block = make("linear", "tanh", root=0.9, n=64).cuda()
+    h = torch.rand(8, 64).cuda().requires_grad_()
+    gradients = [torch.autograd.grad(block(h).sum(), h)[0] for _ in range(3)]
+    assert torch.equal(gradients[0], gradients[2])
 
 
 def test_replays_hold_no_more_memory_from_step_to_step():

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import threading
+import warnings
 from functools import partial
 
 import pytest
@@ -56,6 +57,10 @@ def recordings(request, monkeypatch):
     return replay._kept
 
 
+def all_recorded() -> bool:
+    return bool(replay._kept) and all(isinstance(r, Replay) for r in replay._kept.values())
+
+
 def affine(z: Tensor, weight: Tensor, b: Tensor) -> Tensor:
     return z @ weight + b
 
@@ -76,6 +81,7 @@ def launched(f: partial):
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 @pytest.mark.parametrize("nonnegative", [True, False])
 @pytest.mark.parametrize("start", [None, 0.5])
+@torch.no_grad()
 def test_a_replayed_solve_is_the_launched_one(solver, nonnegative, start, device, recordings):
     """One after another with other operands, starts and rules; a count that is cut short."""
     for seed, (tol, most) in enumerate(
@@ -89,18 +95,20 @@ def test_a_replayed_solve_is_the_launched_one(solver, nonnegative, start, device
         assert ours[1:3] == theirs[1:3] and ours.converged == theirs.converged
         assert ours.residual == pytest.approx(theirs.residual, rel=1e-3, abs=1e-7)
         assert z is None or (z == start).all()
-    assert len(recordings) == 1 and all(recordings.values())
+    assert len(recordings) == 1 and all_recorded()
 
 
 @every_device
+@torch.no_grad()
 def test_what_a_solve_returned_outlives_the_next(device):
     solves = [solvers.picard(problem(s, device), None, tol=1e-6, max_iter=99) for s in (0, 1, 1, 2)]
     assert torch.equal(solves[1].z, solves[2].z)
     torch.testing.assert_close(solves[1].z, problem(1, device)(solves[1].z), rtol=0, atol=1e-5)
-    assert not torch.allclose(solves[2].z, solves[3].z)
+    assert not torch.allclose(solves[2].z, solves[3].z) and all_recorded()
 
 
 @every_device
+@torch.no_grad()
 def test_not_finite_ends_a_replayed_solve(device):
     for seed in (0, 1):
         f = problem(seed, device)
@@ -130,7 +138,7 @@ def test_a_block_computes_the_same_by_replays(kind, solver, precision, device, m
         torch.testing.assert_close(gradients, gradients_launched, rtol=1e-3, atol=1e-4)
         for name in ("iter_forward", "iter_backward"):
             assert getattr(block.deq, name) == getattr(plain.deq, name)
-    assert all(recording for recording in replay._kept.values())
+    assert all_recorded()
 
 
 def test_a_call_is_recorded_the_second_time_and_lent_to_one_at_a_time():
@@ -171,7 +179,7 @@ def test_no_more_than_a_few_are_kept(monkeypatch, recordings):
         solvers.picard(problem(0, batch=batch), None, tol=1e-3, max_iter=9)
     kept = [key[3][0][0] for key in recordings]  # by the batch of z, the third argument
     assert kept == [1, 4, 5]
-    assert [r is not None for r in recordings.values()] == [True, False, False]
+    assert [isinstance(r, Replay) for r in recordings.values()] == [True, False, False]
 
 
 def test_large_tensors_are_launched(monkeypatch, recordings):
@@ -188,7 +196,37 @@ def test_a_solve_that_fails_gives_its_recording_back(recordings):
     (recording,) = recordings.values()
     with pytest.raises(ZeroDivisionError), lend(call):
         raise ZeroDivisionError
-    assert list(recordings.values()) == [recording] and recording is not None
+    assert list(recordings.values()) == [recording] and isinstance(recording, Replay)
+
+
+def test_where_recording_fails_solves_go_on_without(recordings, monkeypatch):
+    def fail(self):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Simulated, "_record", fail)
+    f = problem(0)
+    wanted = solvers.picard(launched(f), None, tol=1e-6, max_iter=99)
+    for warned in (False, True, False, False):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            solve = solvers.picard(f, None, tol=1e-6, max_iter=99)
+        assert ["not be recorded" in str(w.message) for w in seen] == [True] * warned
+        assert torch.equal(solve.z, wanted.z)
+
+
+def test_what_is_lent_is_recorded_by_nobody_else(recordings):
+    call = partial(_f, affine, torch.Tensor.tanh_, *problem(0).args[2:], torch.ones(4, 6))
+    for _ in range(2):
+        with lend(call):
+            pass
+    (recording,) = recordings.values()
+    with lend(call) as one:
+        for _ in range(3):
+            with lend(call) as other:
+                assert other is None
+        assert one is recording
+    with lend(call) as again:
+        assert again is recording
 
 
 def test_threads_do_not_disturb_each_other():
@@ -210,5 +248,16 @@ def test_threads_do_not_disturb_each_other():
 
 
 def test_nothing_on_a_cpu_pays():
-    assert not pays(problem(0))
-    assert not pays(partial(max, 1, 2))
+    with torch.no_grad():
+        assert not pays(problem(0))
+        assert not pays(partial(max, 1, 2))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_what_needs_a_graph_or_has_keywords_does_not_pay():
+    f = problem(0, "cuda")
+    assert not pays(f)
+    with torch.no_grad():
+        assert pays(f)
+        assert not pays(partial(f, scale=1.0))
+        assert not pays(partial(f.func, *f.args, torch.ones(4, 6)))  # on the CPU

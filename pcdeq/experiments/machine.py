@@ -40,8 +40,8 @@ def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": processes,
         "tf32": {
-            "matmul": cuda and torch.backends.cuda.matmul.allow_tf32,
-            "convolution": cuda and torch.backends.cudnn.allow_tf32,
+            "matmul": cuda and torch.backends.cuda.matmul.fp32_precision == "tf32",
+            "convolution": cuda and torch.backends.cudnn.conv.fp32_precision == "tf32",
         },
         "git_commit": commit(),
         "command": shlex.join(["python", *sys.argv]),
