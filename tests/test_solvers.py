@@ -24,7 +24,7 @@ def textbook(f: Map, z: Tensor, tol: float, max_iter: int) -> tuple[Tensor, int,
     """The rule as the paper's code has it."""
     for iteration in range(1, max_iter + 1):
         fz = f(z)
-        residual = ((fz - z).norm() / (fz.norm() + 1e-5)).item()
+        residual = (fz - z).norm().item() / (fz.norm().item() + 1e-5)  # which no tie rounds to tol
         if residual < tol:
             return fz, iteration, residual, True
         z = fz
