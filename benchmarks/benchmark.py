@@ -1,6 +1,6 @@
 """Times training steps: this project's options, a textbook layer, torchdeq, and the bare kernels.
 
-    python benchmarks/benchmark.py                 every row, as in the README (about ten minutes)
+    python benchmarks/benchmark.py                 every row (ten to thirty minutes)
     python benchmarks/benchmark.py --rows '*linear*' --rounds 20
     python benchmarks/benchmark.py --device cuda
 
@@ -185,12 +185,18 @@ def line(cells: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--rows", default="*", help="pattern of names, epoch and memory among them")
     parser.add_argument("--rounds", type=flags.count, help="rounds (default: 5 to 30, by the row)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and digits (default: 0)")
-    parser.add_argument("--device", type=flags.device, choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--seed", type=flags.seed, default=0, help="of weights and digits (default: 0)"
+    )
+    parser.add_argument(
+        "--device", type=flags.device, choices=("cpu", "cuda"), default="cpu", help="(default: cpu)"
+    )
     args = parser.parse_args()
     names = [*(row.name for row in ROWS), "epoch", "memory"]
     if not fnmatch.filter(names, args.rows):

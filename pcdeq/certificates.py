@@ -71,6 +71,14 @@ class Certificate:
     holds: bool
     reason: str
 
+    def __repr__(self) -> str:
+        """The figures of the worst sample; all of them are in the attributes."""
+        return (
+            f"Certificate({self.name}: holds={self.holds}, "
+            f"rate_upper={self.rate_upper.max():.3g}, width={self.width.max():.2g}, "
+            f"error={self.error.max():.2g}, predicted={int(self.predicted.max())})"
+        )
+
 
 def certify(model: nn.Module, x: Tensor, rate_steps: int = RATE_STEPS) -> list[Certificate]:
     """Certificates of all pcDEQ blocks of a model for one batch, in the order of the pass.

@@ -11,6 +11,7 @@ hook evaluates the layer again.
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +60,11 @@ class Equilibrium(nn.Module):
             raise ValueError(
                 f"unknown precision {precision!r}: choose from {', '.join(PRECISIONS)}"
             )
-        if not 0 < tol < 1:  # at 1 the first evaluation, whatever it is, would be the last
-            raise ValueError(f"tol must be between 0 and 1, not {tol}")
-        if max_iter < 1:
-            raise ValueError(f"max_iter must be at least 1, not {max_iter}")
+        # At 1 the first evaluation, whatever it is, would be the last.
+        if not isinstance(tol, Real) or not 0 < tol < 1:
+            raise ValueError(f"tol must be a number between 0 and 1, not {tol!r}")
+        if not isinstance(max_iter, Integral) or max_iter < 1:
+            raise ValueError(f"max_iter must be a whole number from 1 on, not {max_iter!r}")
         self.f = f
         self.solver = solver
         self.precision = precision

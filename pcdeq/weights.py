@@ -53,7 +53,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder: name best.pth or last.pth in it")
     if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file")
+        raise CheckpointError(f"{path}: there is no such file or folder")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

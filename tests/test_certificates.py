@@ -210,7 +210,9 @@ def test_histories_fall_at_the_certified_rate(name, activation):
     done = []
     histories = history(model, images, steps=40, after_step=lambda: done.append(1))
     assert len(done) == 2 * 40 * len(histories)
-    assert [h.name for h in histories] == [c.name for c in certify(model, images)]
+    certificates = certify(model, images)
+    assert [h.name for h in histories] == [c.name for c in certificates]
+    assert all(repr(c).startswith(f"Certificate({c.name}: holds=True, ") for c in certificates)
     for h in histories:
         assert len(h.forward) == len(h.backward) == 40 and len(h.width) == 41
         assert h.width[0] == 1 and h.width == sorted(h.width, reverse=True)

@@ -184,9 +184,12 @@ def test_inputs_that_are_not_finite_end_the_solve_at_once():
     [
         ({"solver": "newton"}, r"'newton'.*picard, anderson"),
         ({"precision": "fp16"}, r"'fp16'.*fp32, mixed, bf16"),
-        ({"tol": 0.0}, "tol must be between 0 and 1, not 0.0"),
-        ({"tol": float("nan")}, "tol must be between 0 and 1, not nan"),
-        ({"max_iter": 0}, "max_iter must be at least 1, not 0"),
+        ({"tol": 0.0}, "tol must be a number between 0 and 1, not 0.0"),
+        ({"tol": float("nan")}, "tol must be a number between 0 and 1, not nan"),
+        ({"tol": "1e-3"}, "tol must be a number between 0 and 1, not '1e-3'"),
+        ({"max_iter": 0}, "max_iter must be a whole number from 1 on, not 0"),
+        ({"max_iter": 2.5}, "max_iter must be a whole number from 1 on, not 2.5"),
+        ({"max_iter": None}, "max_iter must be a whole number from 1 on, not None"),
         ({"activation": "relu"}, r"'relu'.*tanh, softsign, relu6, sigmoid"),
     ],
 )

@@ -323,6 +323,17 @@ def test_nothing_to_do_is_said(tmp_path, capsys):
     assert said.startswith(f"nothing to do: {tmp_path} holds all 2 results of 1 row(s); ")
 
 
+def test_what_is_held_with_other_options_is_named(tmp_path, capsys):
+    made_up_run(tmp_path / "run", LINEAR)
+    collect(tmp_path / "run", tmp_path)
+    asked = ["mnist", "--rows", "linear*tanh", "--seeds", "2", "--list", "--results", str(tmp_path)]
+    main(ROOT, asked)
+    assert capsys.readouterr().err == ""
+    main(ROOT, [*asked, "--solver", "anderson"])
+    said = "note: mnist_linear_pcdeq_1_tanh, seed 0, is held with the default options\n"
+    assert capsys.readouterr().err == said
+
+
 def test_runs_from_elsewhere_are_taken_in_with_their_weights(tmp_path, capsys):
     made_up_run(tmp_path / "there/a", LINEAR)
     made_up_run(tmp_path / "there/b", LINEAR, device_name="Abacus")

@@ -182,7 +182,7 @@ def _parser(dataset: str, augmentation: bool) -> argparse.ArgumentParser:
     recipe("-b", "--batch-size", metavar="N", type=count,
            help="images in a step (default: %(default)s)")
     recipe("-m", "--milestone", metavar="N", type=from_zero,
-           help="last epoch at the learning rate; a tenth of it from then on "
+           help="last epoch at the learning rate; a tenth of it after that "
                 "(default: %(default)s)")
     if augmentation:
         recipe("--aug", dest="augment", action="store_true",

@@ -132,6 +132,7 @@ def _iterations(axis: Axes, lines: list[Line]) -> None:
         look = _look(line, lines)
         _band(axis, forward, label=_label(line), **look | {"linestyle": "-"})
         _band(axis, backward, **look | {"linestyle": DASHES[2]})
+    axis.plot([], [], color="grey", label="forward")
     axis.plot([], [], color="grey", linestyle=DASHES[2], label="backward")
     axis.set(ylabel="iterations of a solve", ylim=(0, None))
 

@@ -15,12 +15,20 @@ from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.flags import add_help, add_solver, count, device, folder, program
 from pcdeq.experiments.publish import publish
 from pcdeq.experiments.recipes import ROWS, Recipe
-from pcdeq.experiments.results import Result, collect, find_runs, read_results, train_command
+from pcdeq.experiments.results import (
+    OPTIONS,
+    Result,
+    collect,
+    find_runs,
+    read_results,
+    train_command,
+)
 from pcdeq.experiments.schedule import Job, run_all, share
 from pcdeq.experiments.tables import (
     TITLES,
     Reference,
     as_reference,
+    changed_options,
     read_reference,
     render,
     write_between,
@@ -120,8 +128,10 @@ def _run(
     args: argparse.Namespace, recipes: list[Recipe], results: Path, root: Path, own: bool
 ) -> None:
     """Runs, or lists, what has no whole result on the genuine data yet."""
-    have = {(r.row, r.seed) for r in read_results(results) if r.genuine and r.whole}
+    whole = [r for r in read_results(results) if r.genuine and r.whole]
+    have = {(r.row, r.seed) for r in whole}
     asked = [(recipe, seed) for recipe in recipes for seed in range(args.seeds)]
+    _note_others(whole, asked, args)
     options = {name: getattr(args, name) for name in PASSED_ON}
     jobs = [
         _job(recipe, seed, results / "runs", root, options)
@@ -160,6 +170,19 @@ def _fetch(datasets: set[str], args: argparse.Namespace) -> None:
 
     for dataset in sorted(datasets):
         genuine(SOURCES[dataset](Path(args.data_root or "data")))
+
+
+def _note_others(
+    whole: list[Result], asked: list[tuple[Recipe, int]], args: argparse.Namespace
+) -> None:
+    """Says which results count as done though their solves had other options than now asked for."""
+    wanted = {(recipe.name, seed) for recipe, seed in asked}
+    for result in whole:
+        if (result.row, result.seed) in wanted and any(
+            result.options[name] != getattr(args, name) for name in OPTIONS
+        ):
+            how = " ".join(changed_options(result)) or "the default options"
+            print(f"note: {result.row}, seed {result.seed}, is held with {how}", file=sys.stderr)
 
 
 def _job(recipe: Recipe, seed: int, runs: Path, root: Path, options: dict[str, object]) -> Job:
