@@ -123,12 +123,13 @@ def _start(job: Job, threads: int) -> subprocess.Popen | None:
         if not lock(log):
             return None
         limit = {} if job.serial else {"OMP_NUM_THREADS": str(threads)}
+        at_once = {"PYTHONUNBUFFERED": "1"}  # a log that lags ends with something else than the error
         return subprocess.Popen(
             job.command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ | limit,
+            env=os.environ | limit | at_once,
             start_new_session=True,  # a Ctrl-C reaches it once, through us, not twice
         )
 
