@@ -123,7 +123,7 @@ def _start(job: Job, threads: int) -> subprocess.Popen | None:
         if not lock(log):
             return None
         limit = {} if job.serial else {"OMP_NUM_THREADS": str(threads)}
-        at_once = {"PYTHONUNBUFFERED": "1"}  # a log that lags ends with something else than the error
+        at_once = {"PYTHONUNBUFFERED": "1"}  # else the log may not end with the error
         return subprocess.Popen(
             job.command,
             stdin=subprocess.DEVNULL,
