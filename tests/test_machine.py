@@ -19,7 +19,7 @@ def faults():
 
 before = faults()
 machine.keep_freed_memory()
-print(before, faults())
+print(before, min(faults() for _ in range(5)))
 """
 
 
@@ -27,7 +27,8 @@ print(before, faults())
 def test_freed_memory_is_not_fetched_from_the_system_again():
     """Page faults of allocations, each as large as the one that was freed before it.
 
-    A small allocation may come to lie where the large one was, and send the next elsewhere, once.
+    A small allocation may come to lie where the large one was, and send the next elsewhere: the
+    best of a few rounds counts.
     """
     run = subprocess.run([sys.executable, "-c", PAGES], check=True, capture_output=True, text=True)
     before, after = map(int, run.stdout.split())
