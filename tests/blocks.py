@@ -5,6 +5,7 @@ freshly initialised ones are solved after a few, whatever is wrong with them.
 """
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -49,6 +50,15 @@ def run(block: PcDEQ, h: Tensor, probe: Tensor) -> tuple[Tensor, list[Tensor]]:
     z = block(h)
     gradients = torch.autograd.grad((z * probe).sum(), [h, *block.parameters()])
     return z.detach(), list(gradients)
+
+
+def in_threads(work, arguments) -> None:
+    """Calls ``work(*each)`` for each of the arguments, all at once."""
+    threads = [threading.Thread(target=work, args=each) for each in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def exact(block: PcDEQ, h: Tensor, probe: Tensor) -> tuple[Tensor, list[Tensor]]:

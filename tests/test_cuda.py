@@ -5,14 +5,13 @@ import csv
 import json
 import math
 import re
-import threading
 import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from blocks import both, every_precision, every_solver, make, run, signal
+from blocks import both, every_precision, every_solver, in_threads, make, run, signal
 from processes import ROOT, SCRIPT, free_port
 from processes import run as run_script
 
@@ -158,13 +157,7 @@ def test_threads_that_share_a_stream_get_their_own_solutions():
                 if not torch.allclose(copy.copy(block)(h), z, atol=1e-5):
                     wrong.append(len(h))
 
-    threads = [
-        threading.Thread(target=work, args=pair) for pair in zip(inputs, wanted, strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, zip(inputs, wanted, strict=True))
     assert not wrong
 
 

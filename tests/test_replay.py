@@ -2,13 +2,12 @@
 
 import copy
 import itertools
-import threading
 import warnings
 from functools import partial
 
 import pytest
 import torch
-from blocks import both, every_device, every_precision, every_solver, make, run, signal
+from blocks import both, every_device, every_precision, every_solver, in_threads, make, run, signal
 from torch import Tensor
 
 from pcdeq import replay, solvers
@@ -70,6 +69,16 @@ def problem(seed: int, device: str = "cpu", n: int = 6, batch: int = 4) -> parti
     W = 0.9 * torch.rand(n, n, generator=generator) / n
     x = torch.rand(batch, n, generator=generator)
     return partial(_f, affine, torch.Tensor.tanh_, x.to(device), W.to(device))
+
+
+def recorded() -> tuple[partial, Replay]:
+    """A call, and its recording: the only one that is kept."""
+    call = partial(_f, affine, torch.Tensor.tanh_, *problem(0).args[2:], torch.ones(4, 6))
+    for _ in range(2):
+        with lend(call):
+            pass
+    (recording,) = replay._kept.values()
+    return call, recording
 
 
 def launched(f: partial):
@@ -190,11 +199,7 @@ def test_large_tensors_are_launched(monkeypatch, recordings):
 
 
 def test_a_solve_that_fails_gives_its_recording_back(recordings):
-    call = partial(_f, affine, torch.Tensor.tanh_, *problem(0).args[2:], torch.ones(4, 6))
-    for _ in range(2):
-        with lend(call):
-            pass
-    (recording,) = recordings.values()
+    call, recording = recorded()
     with pytest.raises(ZeroDivisionError), lend(call):
         raise ZeroDivisionError
     assert list(recordings.values()) == [recording] and isinstance(recording, Replay)
@@ -215,12 +220,8 @@ def test_where_recording_fails_solves_go_on_without(recordings, monkeypatch):
         assert torch.equal(solve.z, wanted.z)
 
 
-def test_what_is_lent_is_recorded_by_nobody_else(recordings):
-    call = partial(_f, affine, torch.Tensor.tanh_, *problem(0).args[2:], torch.ones(4, 6))
-    for _ in range(2):
-        with lend(call):
-            pass
-    (recording,) = recordings.values()
+def test_what_is_lent_is_recorded_by_nobody_else():
+    call, recording = recorded()
     with lend(call) as one:
         for _ in range(3):
             with lend(call) as other:
@@ -240,11 +241,7 @@ def test_threads_do_not_disturb_each_other():
             if not torch.allclose(z, wanted[seed], atol=1e-5):
                 wrong.append(seed)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, [(seed,) for seed in range(8)])
     assert not wrong
 
 

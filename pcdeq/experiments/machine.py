@@ -99,6 +99,12 @@ def precision_warning(precision: str, device: torch.device) -> str:
     )
 
 
+def workers(processes: int, threads: int) -> str:
+    """How many of both, in words."""
+    text = f"{threads} thread" + "s" * (threads > 1)
+    return f"{processes} processes of {text}" if processes > 1 else text
+
+
 def processor() -> str:
     """The processor's name, as its maker spells it where the system tells."""
     try:

@@ -57,7 +57,7 @@ def _report(model: Network, images: data.ImageSet, flags: argparse.Namespace) ->
     size = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{model.name} ({model.activation}) for {model.dataset}, {size:,} parameters, "
-        f"on {where['device_name']}, {where['threads']} thread{'s' * (where['threads'] > 1)}; "
+        f"on {where['device_name']}, {machine.workers(1, where['threads'])}; "
         f"{flags.solver}, {flags.precision}, tolerance {tolerance:g}"
     )
     if warning := machine.precision_warning(flags.precision, torch.device(flags.device)):

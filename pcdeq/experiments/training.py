@@ -81,7 +81,7 @@ def train(config: RunConfig) -> RunResult:
             run.begin({"parameters": size, **where})
         say(
             f"{config.net} ({config.activation}), {size:,} parameters, on {where['device_name']}, "
-            f"{_workers(processes.world, where['threads'])}\n"
+            f"{machine.workers(processes.world, where['threads'])}\n"
             f"{len(trainer.images):,} training and {len(test_set):,} test images ({config.data})"
         )
         if warning := machine.precision_warning(config.precision, processes.device):
@@ -213,12 +213,6 @@ def _certify(run: Run, trainer: Trainer, test_set: ImageSet, say: Callable[[str]
         certificates = certify_set(trainer.network, test_set, after_batch=bar.update)
     run.write_json(CERTIFICATES, certificates)
     say(format_certificates(certificates))
-
-
-def _workers(processes: int, threads: int) -> str:
-    """How many of both, in words."""
-    text = f"{threads} thread" + "s" * (threads > 1)
-    return f"{processes} processes of {text}" if processes > 1 else text
 
 
 HEADER = "  epoch      lr  train loss  accuracy  test loss  accuracy   iterations  seconds"
