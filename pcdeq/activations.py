@@ -37,7 +37,7 @@ class Activation:
     Attributes:
         name: the key in ``ACTIVATIONS``.
         function: σ(s), elementwise, any floating dtype.
-        function_: the same without a graph; it may write over its argument.
+        function_: the same without a graph or a tracer; it may write over its argument.
         vjp: (g, v) ↦ σ'(s)·g with v = σ(s), for s ≥ 0; at relu6's kinks 0, as torch has it.
         slope: σ'(s) as a function of s ≥ 0, to a few roundings relative to itself even where σ
             saturates (1 − tanh² is not); at relu6's kink the left derivative. For proofs.
@@ -67,7 +67,7 @@ def _tanh_(s: Tensor) -> Tensor:
     numpy's is exact to 1.4 units in the last place. bfloat16 goes by way of float32 with AVX-512,
     in half the time of torch's own.
     """
-    if s.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if s.device.type != "cpu":
         return s.tanh_()
     large = s.numel() >= LARGE
     if s.dtype == torch.bfloat16 and large and AVX512:
@@ -92,7 +92,7 @@ def _softsign_vjp(g: Tensor, v: Tensor) -> Tensor:
 
 
 def _relu6_vjp(g: Tensor, v: Tensor) -> Tensor:
-    return torch.ops.aten.hardtanh_backward(g, v, 0, 6)
+    return torch.ops.aten.hardtanh_backward.default(g, v, 0, 6)
 
 
 def _tanh_slope(s: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ ACTIVATIONS: dict[str, Activation] = {
             "tanh",
             torch.tanh,
             _tanh_,
-            torch.ops.aten.tanh_backward,  # (1 − v²)·g
+            torch.ops.aten.tanh_backward.default,  # (1 − v²)·g
             _tanh_slope,
             supremum=1.0,
             variant=1,
@@ -145,7 +145,7 @@ ACTIVATIONS: dict[str, Activation] = {
             "sigmoid",
             torch.sigmoid,
             torch.sigmoid_,
-            torch.ops.aten.sigmoid_backward,  # v(1 − v)·g
+            torch.ops.aten.sigmoid_backward.default,  # v(1 − v)·g
             _sigmoid_slope,
             supremum=1.0,
             variant=2,

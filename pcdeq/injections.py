@@ -39,7 +39,7 @@ class _Softplus(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
         (h,) = ctx.saved_tensors
-        return torch.ops.aten.softplus_backward(grad, h, BETA, IDENTITY)
+        return torch.ops.aten.softplus_backward.default(grad, h, BETA, IDENTITY)
 
 
 def _by_passes(h: Tensor) -> Tensor:

@@ -156,10 +156,11 @@ class ConcaveLayer(nn.Module):
     def at(self, x: Tensor, weight: Tensor) -> Callable[[Tensor | None], Tensor]:
         """f as a map z ↦ σ(Wz + x) of one x and one W, as solvers take it; f(None) is f(0).
 
-        For use without a graph (σ is in place); each value is memory of its own. The same holds of
-        ``tangent`` and ``adjoint``.
+        For use without a graph; each value is memory of its own. The same holds of ``tangent`` and
+        ``adjoint``.
         """
-        return partial(_f, self.W.affine, self.activation.function_, x, weight)
+        sigma = self.activation.function if _is_recorded() else self.activation.function_
+        return partial(_f, self.W.affine, sigma, x, weight)
 
     def tangent(self, slope: Tensor, r: Tensor, weight: Tensor) -> Callable[[Tensor], Tensor]:
         """v ↦ Jv + r = σ'∘(Wv) + r, from the slope σ' and W."""
@@ -173,8 +174,8 @@ class ConcaveLayer(nn.Module):
 # Plain functions with nothing but arguments: a solver can see all that a map depends on.
 
 
-def _f(affine: Callable, sigma_: Callable, x: Tensor, weight: Tensor, z: Tensor | None) -> Tensor:
-    return sigma_(x.clone() if z is None else affine(z, weight, x))
+def _f(affine: Callable, sigma: Callable, x: Tensor, weight: Tensor, z: Tensor | None) -> Tensor:
+    return sigma(x.clone() if z is None else affine(z, weight, x))
 
 
 def _tangent(apply: Callable, r: Tensor, slope: Tensor, weight: Tensor, v: Tensor) -> Tensor:
