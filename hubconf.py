@@ -11,6 +11,7 @@ from pcdeq import NETWORKS as _NETWORKS
 from pcdeq import build_network as _build_network
 from pcdeq import load_weights as _load_weights
 from pcdeq.experiments.recipes import default_activation as _default_activation
+from pcdeq.experiments.recipes import row_name as _row_name
 
 dependencies = ["torch"]
 
@@ -27,7 +28,7 @@ def _entry(name):
         activation = activation or _default_activation(name)
         network = _build_network(name, activation, dataset, augment, **options)
         if pretrained:
-            row = f"{dataset}_{name}_{activation}" + "_aug" * augment
+            row = _row_name(dataset, name, activation, augment)
             if row not in trained():
                 have = ", ".join(trained()) or "none yet"
                 raise ValueError(f"there are no trained weights for {row}; there are for: {have}")

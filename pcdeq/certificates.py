@@ -1,4 +1,4 @@
-"""What the theory promises, for these weights and these inputs: one certificate for each block.
+"""What the theory promises, for these weights and these inputs: a certificate for each block.
 
 For a block z* = σ(Wz* + x) a certificate holds
 
@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ class Certificate:
         return (
             f"Certificate({self.name}: holds={self.holds}, "
             f"rate_upper={self.rate_upper.max():.3g}, width={self.width.max():.2g}, "
-            f"error={self.error.max():.2g}, predicted={int(self.predicted.max())})"
+            f"error={self.error.max():.2g}, predicted={self.predicted.max():.0f})"
         )
 
 
@@ -89,27 +90,37 @@ def certify(model: nn.Module, x: Tensor, rate_steps: int = RATE_STEPS) -> list[C
         rate_steps: power steps for the bounds on the rate; more bring them closer together.
 
     Returns:
-        One certificate for each block.
+        One certificate for each use of a block.
 
     Raises:
         ValueError: the batch is empty, or the model has no pcDEQ block.
     """
-    if not len(x):
+    return [_certify(visit, rate_steps) for visit in _visits(model, x)]
+
+
+class _Visit(NamedTuple):
+    """One use of a block in a pass: its injected x, its output ẑ, and the evaluations for it."""
+
+    name: str
+    block: PcDEQ
+    x: Tensor
+    z: Tensor
+    iterations: int
+
+
+@torch.no_grad()
+def _visits(model: nn.Module, inputs: Tensor) -> list[_Visit]:
+    """All uses of blocks in one pass in evaluation mode, in its order."""
+    if not len(inputs):
         raise ValueError("there is no sample in the batch: nothing to certify")
     if not any(isinstance(module, PcDEQ) for module in model.modules()):
         raise ValueError("the model has no pcDEQ block: nothing to certify")
-    with torch.no_grad(), full_float32():
-        return [
-            _certify_block(name, block, x, z, rate_steps) for name, block, x, z in _visits(model, x)
-        ]
-
-
-def _visits(model: nn.Module, inputs: Tensor) -> list[tuple[str, PcDEQ, Tensor, Tensor]]:
-    """Name, block, injected x and output ẑ of every block, from one pass in evaluation mode."""
-    visits: list[tuple[str, PcDEQ, Tensor, Tensor]] = []
+    visits: list[_Visit] = []
     hooks = [
         block.deq.register_forward_hook(
-            lambda _, args, z, name=name, block=block: visits.append((name, block, args[0], z))
+            lambda deq, args, z, name=name, block=block: visits.append(
+                _Visit(name, block, args[0], z, deq.iter_forward)
+            )
         )
         for name, block in model.named_modules()
         if isinstance(block, PcDEQ)
@@ -135,7 +146,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _certify_block(name: str, block: PcDEQ, x: Tensor, z: Tensor, rate_steps: int) -> Certificate:
+@torch.no_grad()
+@full_float32()
+def _certify(visit: _Visit, rate_steps: int) -> Certificate:
+    name, block, x, z, observed = visit
     operator = Operator(block.deq.f)
     x, z = x.to(operator.device), z.to(operator.device)
     sound, violations = _violations(operator, x, z)
@@ -176,7 +190,7 @@ def _certify_block(name: str, block: PcDEQ, x: Tensor, z: Tensor, rate_steps: in
         rate_upper=rate_upper,
         iterations=iterations,
         predicted=predicted,
-        observed=block.deq.iter_forward,
+        observed=observed,
         holds=not violations,
         reason="; ".join(violations) or f"W ≥ 0, {positive}, and every rate is below 1",
     )
@@ -227,7 +241,6 @@ class History:
     tol: float
 
 
-@torch.no_grad()
 def history(
     model: nn.Module, x: Tensor, steps: int = 60, after_step: Callable[[], object] = lambda: None
 ) -> list[History]:
@@ -242,19 +255,15 @@ def history(
         after_step: called after each evaluation, 2 · ``steps`` times for each block.
 
     Returns:
-        One ``History`` for each block, each list ``steps`` long (``width``: one more).
+        One ``History`` for each use of a block, each list ``steps`` long (``width``: one more).
     """
-    return [
-        _history(name, block, x, certificate.rate_upper.max().item(), steps, after_step)
-        for (name, block, x, _), certificate in zip(
-            _visits(model, x), certify(model, x), strict=True
-        )
-    ]
+    return [_history(visit, steps, after_step) for visit in _visits(model, x)]
 
 
-def _history(
-    name: str, block: PcDEQ, x: Tensor, rate: float, steps: int, after_step: Callable[[], object]
-) -> History:
+@torch.no_grad()
+def _history(visit: _Visit, steps: int, after_step: Callable[[], object]) -> History:
+    rate = _certify(visit, RATE_STEPS).rate_upper.max().item()
+    name, block, x, *_ = visit
     operator = Operator(block.deq.f)
     x = x.to(operator.device, torch.float64)
     low, high = torch.zeros_like(x), torch.full_like(x, operator.sigma.supremum)

@@ -20,7 +20,7 @@ not relative ones. It also needs that nothing underflows: see ``SMALLEST``.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -110,14 +110,23 @@ class Operator:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Keeps CUDA's convolutions from TensorFloat-32, whose candidates would be too coarse."""
-    convolutions = torch.backends.cudnn.conv
-    before = convolutions.fp32_precision
-    convolutions.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        convolutions.fp32_precision = before
+    """Keeps products of float32 from TensorFloat-32 and from an autocast that the caller is in.
+
+    Candidates would be too coarse, and ``predicted_iterations`` counts on float32's rounding.
+    """
+    products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [product.fp32_precision for product in products]
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        try:
+            for product in products:
+                product.fp32_precision = "ieee"
+            yield
+        finally:
+            for product, precision in zip(products, before, strict=True):
+                product.fp32_precision = precision
 
 
 class Enclosure(NamedTuple):
@@ -180,7 +189,7 @@ def _settle(
     evaluations, and iterates m = 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, … before it.
     """
     ladder = {}
-    rung = 1
+    step, rung = 0, 1
     for step in range(1, steps):
         new = f(z).mul_(1 + margin)
         if step == rung:

@@ -110,7 +110,7 @@ class Equilibrium(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """z* for an injected x ≥ 0 of shape (B, …); same shape and dtype."""
+        """z* for an injected x ≥ 0 of shape (B, …); same shape, in the parameters' dtype."""
         weight = self.f.W.weight()  # W, once for the whole solve
         with torch.no_grad(), _no_autocast(x):
             z = self._solve_forward(x, weight)

@@ -3,7 +3,6 @@
 pcDEQ-1 needs x > 0 and takes softplus with β = 5; pcDEQ-2 needs x ≥ 0 and takes ReLU.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -20,8 +19,8 @@ IDENTITY = 40.0  # βh from where on log(1 + e^{βh}) is βh to all digits, of f
 def positive(h: Tensor) -> Tensor:
     """log(1 + e^{βh})/β > 0 with β = 5, shape and dtype of h.
 
-    Where it underflows (float32: h < −20.5), it is the smallest positive number, without which the
-    fixed point need not be unique.
+    Where it underflows (float32: h < −17.1), it is the smallest normal number, without which the
+    fixed point need not be unique; smaller ones some arithmetic flushes to 0.
     """
     return _Softplus.apply(h)
 
@@ -33,7 +32,7 @@ class _Softplus(torch.autograd.Function):
         # Older versions of torch for Apple's GPUs take log(1 + e^{βh}) as it stands.
         passes = (AMD_AVX512 and h.device.type == "cpu") or h.device.type == "mps"
         x = _by_passes(h) if passes else F.softplus(h, BETA, IDENTITY)
-        return x.clamp_(min=smallest_positive(h.dtype, h.device.type))
+        return x.clamp_(min=torch.finfo(h.dtype).tiny)
 
     @staticmethod
     @once_differentiable
@@ -52,14 +51,6 @@ def _by_passes(h: Tensor) -> Tensor:
     w = u + 1
     log1p = torch.addcdiv(w.log(), u.sub_(w - 1), w, out=u)
     return h.clamp(min=0).add_(log1p, alpha=1 / BETA)
-
-
-@functools.cache
-def smallest_positive(dtype: torch.dtype, device_type: str) -> float:
-    """The least positive number of ``dtype`` that arithmetic on the device does not flush to 0."""
-    info = torch.finfo(dtype)
-    subnormal = torch.full((1,), info.smallest_normal * info.eps, dtype=dtype, device=device_type)
-    return subnormal.item() if (subnormal * 1).item() > 0 else info.tiny
 
 
 INJECTIONS: dict[int, Callable[[Tensor], Tensor]] = {1: positive, 2: F.relu}  # by variant

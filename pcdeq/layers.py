@@ -150,7 +150,10 @@ class ConcaveLayer(nn.Module):
         self.activation = activation
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        """σ(Wz + x), recorded by autograd as any function, for z and x of one shape."""
+        """σ(Wz + x) as the paper defines it, recorded by autograd, for z and x of one shape.
+
+        Solves take ``at``, with W formed once.
+        """
         return self.activation.function(self.W.apply(z, self.W.weight()) + x)
 
     def at(self, x: Tensor, weight: Tensor) -> Callable[[Tensor | None], Tensor]:

@@ -165,9 +165,7 @@ def _builder(architecture: Callable, variant: int) -> Callable[..., Network]:
         classes: int = 10,
         **solver_options,
     ) -> Network:
-        check_network(name, activation, dataset, augment)
-        if classes < 2:
-            raise ValueError(f"a classifier needs at least 2 classes, not {classes}")
+        check_network(name, activation, dataset, augment, classes)
 
         def block(kind: type[PcDEQ], size: int) -> PcDEQ:
             return kind(size, activation=activation, **solver_options)
@@ -219,9 +217,9 @@ def build_network(
         solver_options: ``solver``, ``precision``, ``tol``, ``max_iter`` of ``Equilibrium``.
 
     Raises:
-        ValueError: there is no such network; the sentence says which there are.
+        ValueError: there is no such network, or solver option; the sentence says which there are.
     """
-    check_network(name, activation, dataset, augment)
+    check_network(name, activation, dataset, augment, classes)
     return NETWORKS[name](activation, dataset, augment, classes, **solver_options)
 
 
@@ -230,7 +228,9 @@ def variant_of(name: str) -> int:
     return int(name[-1])
 
 
-def check_network(name: str, activation: str, dataset: str, augment: bool = False) -> None:
+def check_network(
+    name: str, activation: str, dataset: str, augment: bool = False, classes: int = 10
+) -> None:
     """Refuses what is not one of the paper's networks.
 
     Raises:
@@ -250,6 +250,8 @@ def check_network(name: str, activation: str, dataset: str, augment: bool = Fals
         raise ValueError(
             f"augmentation is for the multi_conv networks on cifar, not for {name} on {dataset}"
         )
+    if classes < 2:
+        raise ValueError(f"a classifier needs at least 2 classes, not {classes}")
 
 
 def check_dataset(name: str) -> None:

@@ -53,12 +53,12 @@ def rate_bounds(
     def power(slope: Tensor, v: Tensor, lift: Tensor | None) -> Tensor:
         for _ in range(steps):
             new = apply(v, weight).mul_(slope)
-            new /= _per_sample(largest(new).clamp_(min=1e-30), new)
+            new /= per_sample(largest(new).clamp_(min=1e-30), new)
             new.add_(v, alpha=SHIFT)
             v = new if lift is None else new.add_(lift, alpha=LIFT)
         return v
 
-    start = (high / _per_sample(largest(high), high)).float()
+    start = (high / per_sample(largest(high), high)).float()
     flat32 = flat.float()
     v = power(steep.float(), start, start).clamp_(min=1e-30)
     w = _best_support(lambda w: apply(w, weight).mul_(flat32), power(flat32, start, None))
@@ -73,12 +73,12 @@ def _best_support(jacobian: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
     """w with its small components set to 0, below that threshold which gives the best bound."""
     best, kept = None, w
     for threshold in THRESHOLDS:
-        cut = w * (w > threshold * _per_sample(largest(w), w))
+        cut = w * (w > threshold * per_sample(largest(w), w))
         ratio = _smallest_ratio(jacobian(cut), cut)
         if best is None:
             best, kept = ratio, cut
         else:
-            kept = torch.where(_per_sample(ratio > best, w), cut, kept)
+            kept = torch.where(per_sample(ratio > best, w), cut, kept)
             best = torch.maximum(best, ratio)
     return kept
 
@@ -107,9 +107,8 @@ def predicted_iterations(
         Bounds, shape (B,), float64; infinite where none was found.
     """
     fewest = torch.full((len(upper),), math.inf, dtype=torch.float64, device=upper.device)
-    inverse = upper.float().reciprocal_()
     for m, iterate in ladder.items():
-        theta = (iterate * inverse).flatten(1).amin(1).double()
+        theta = (iterate / upper).flatten(1).amin(1)
         theta = (theta * (1 - (m * (operator.terms + 8) + 4) * 2.0**-24)).clamp_(0, 1 - 2.0**-24)
         powers = torch.ceil(math.log(tol) / torch.log1p(-theta))  # k; 0 ↦ ∞
         fewest = torch.minimum(fewest, m * powers.abs())
@@ -127,5 +126,6 @@ def _smallest_ratio(image: Tensor, w: Tensor) -> Tensor:
     return torch.where(ratio.isinf(), 0.0, ratio)
 
 
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) values as (B, 1, …), to go with (B, …)."""
     return values.view(-1, *[1] * (like.dim() - 1))

@@ -40,9 +40,9 @@ def refine(
 
     Each round evaluates f once in full precision, which checks the rule and gives the residual
     r = f(z) − z; the Newton correction δ = Jδ + r is solved in bfloat16 to a few percent,
-    and z + δ = f(z) + (δ − r) is the next z. The fixed point is unique, so any nonnegative z is a
-    safe place to go on from: a correction that did not lower the residual is dropped, and the plain
-    step f(z) taken in its place.
+    and z + δ = f(z) + (δ − r) is the next z. Where J is no contraction yet, a correction cannot be
+    solved, or does not lower the residual: it is dropped, and the full precision goes on alone from
+    the plain step f(z). The fixed point is unique, so any nonnegative z is a safe place for that.
 
     Args:
         at: the map and its tangent in a precision; made anew each time, so that what one precision
@@ -54,11 +54,12 @@ def refine(
         max_iter: largest number of evaluations, of either precision together.
         nonnegative: project corrected iterates onto the nonnegative orthant.
     """
+    rule = {"tol": tol, "nonnegative": nonnegative}
     if max_iter == 1:
-        return solver(at(dtype).f, z, tol=tol, max_iter=1, nonnegative=nonnegative)
+        return solver(at(dtype).f, z, max_iter=1, **rule)
     z, iterations = _roughly(at(LOW), z, solver, dtype, max_iter - 1, nonnegative)
-    full, before = 0, math.inf
-    plain = None  # the plain step, while a correction taken in its place is on trial
+    most = 2 * iterations  # products of a correction: what needs more may be no contraction
+    full, before, plain = 0, math.inf, None  # residual and f(z) of the best z so far
     while True:
         r = None  # f may have its memory
         fz = at(dtype).f(z)
@@ -66,22 +67,25 @@ def refine(
         r = torch.sub(fz, z, out=None if fz is z else z)
         del z  # r has its memory
         residual = relative(*_read([norm(r), norm(fz)]))
-        if residual < tol or iterations >= max_iter:
+        helps = residual < before  # NaN does not
+        if helps:
+            before, plain = residual, fz
+        if residual < tol or plain is None:
             return Solve(fz, iterations, full, residual, residual < tol)
-        if plain is not None and not residual < before:  # NaN fails too
-            z, plain = plain, None
-            continue
-        if math.isnan(residual):
-            return Solve(fz, iterations, full, residual, False)
-        before = residual
-        if iterations + 1 < max_iter:
-            r = r.to(LOW)  # in full it would take memory meanwhile
-            z, spent = _corrected(at(LOW), fz, r, solver, max_iter - 1 - iterations)
-            iterations, plain = iterations + spent, fz
-            if nonnegative:
-                z.clamp_(min=0)
-        else:
-            z, plain = fz, None
+        if not helps or iterations + 1 >= max_iter:
+            break
+        r = r.to(LOW)  # in full it would take memory meanwhile
+        left = max_iter - 1 - iterations
+        z, spent, solved = _corrected(at(LOW), fz, r, solver, min(left, most))
+        iterations += spent
+        if not solved:
+            break
+        if nonnegative:
+            z.clamp_(min=0)
+    if iterations >= max_iter:
+        return Solve(plain, iterations, full, before, False)
+    rest = solver(at(dtype).f, plain, max_iter=max_iter - iterations, **rule)
+    return rest._replace(iterations=iterations + rest.iterations, full=full + rest.full)
 
 
 def _roughly(
@@ -100,11 +104,12 @@ def _roughly(
 
 def _corrected(
     low: Linearised, fz: Tensor, r: Tensor, solver: Callable[..., Solve], max_iter: int
-) -> tuple[Tensor, int]:
-    """z + δ with δ = Jδ + r solved in bfloat16, and the products that it took."""
+) -> tuple[Tensor, int, bool]:
+    """z + δ with δ = Jδ + r solved in bfloat16, the products that it took, and whether it is."""
     rule = {"tol": CORRECTION_TOL, "max_iter": max_iter, "nonnegative": False}
     correction = solver(low.tangent(fz.to(LOW), r), r, **rule)
-    return fz + (correction.z - r), correction.iterations  # z = f(z) − r
+    z = fz + (correction.z - r)  # its z is f(z) − r
+    return z, correction.iterations, correction.converged
 
 
 def _read(scalars: list[Tensor]) -> list[float]:

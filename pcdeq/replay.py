@@ -109,7 +109,7 @@ def lend(call: partial) -> Iterator[Replay | None]:
 
 
 def clear() -> None:
-    """Gives up all recordings, and their memory to torch's cache."""
+    """Gives up all recordings that are not lent, and their memory to torch's cache."""
     with _of_kept:
         _kept.clear()
 

@@ -28,7 +28,7 @@ from torch.nn.modules.utils import _pair
 from pcdeq.block import PcDEQ
 from pcdeq.certificates import evaluating
 from pcdeq.enclosures import UNIT, Operator, enclose, full_float32, product
-from pcdeq.injections import smallest_positive
+from pcdeq.rates import per_sample
 
 SLACK = 1e-9  # margins above it are proved: far above what is left of rounding in their last sums
 # What the injection may be off by, relatively. Its own rounding errors are far smaller (6e-14);
@@ -57,7 +57,7 @@ def robust(model: nn.Sequential, lower: Tensor, upper: Tensor, target: Tensor) -
     Args:
         model: a network, or any ``nn.Sequential`` of the layers that ``image`` knows, ending in
             ``nn.Linear``; taken in evaluation mode.
-        lower, upper: corners of the boxes, as the network sees its inputs, shape (B, C, H, W).
+        lower, upper: corners of the boxes, as the network sees its inputs, shape (B, …).
         target: classes, int64, shape (B,).
 
     Returns:
@@ -73,7 +73,7 @@ def robust(model: nn.Sequential, lower: Tensor, upper: Tensor, target: Tensor) -
         raise ValueError(
             f"targets of shape (B,) are needed, B = {len(lower)}, not {(*target.shape,)}"
         )
-    *features, classifier = _layers(model)
+    *features, classifier = [*_layers(model)] or [model]
     if type(classifier) is not nn.Linear:
         raise TypeError(f"the last layer must be nn.Linear, not {type(classifier).__name__}")
     if not ((target >= 0) & (target < classifier.out_features)).all():
@@ -190,8 +190,8 @@ def _(layer: PcDEQ, box: Box) -> Box:
         return Box(torch.full_like(lower, -torch.inf), torch.full_like(upper, torch.inf))
     lower, upper = layer.inject(lower), layer.inject(upper)
     if operator.sigma.variant == 1:
-        # The stored layer, in its own dtype, lets no x fall below the least positive number.
-        least = smallest_positive(layer.deq.dtype, lower.device.type)
+        # The stored layer, in its own dtype, lets no x fall below the least normal number.
+        least = torch.finfo(layer.deq.dtype).tiny
         lower = (lower * (1 - INJECTION_ERROR)).clamp_(min=least)
         upper = (upper * (1 + INJECTION_ERROR)).clamp_(min=least)
     # Vectors are cheap enough to be enclosed to the last digits.
@@ -249,7 +249,7 @@ def _lift(t: Tensor) -> Tensor:
 
 
 class Attack(NamedTuple):
-    """The worst that an attack found: ``points`` (B, C, H, W) of the boxes and their ``margin``
+    """The worst that an attack found: ``points`` (B, …) of the boxes and their ``margin``
     (B,), the logit of the target less the largest other one; negative where the class changed."""
 
     points: Tensor
@@ -268,21 +268,21 @@ def attack(
     Args:
         model: any network; it runs as it is (its own precision and tolerance), in evaluation mode,
             which is restored.
-        x: where to start, (B, C, H, W); moved into the box.
+        x: where to start, (B, …); moved into the box.
         lower, upper: corners of the boxes, as the network sees its inputs, shape of x.
         target: classes, shape (B,).
         steps: gradients to take.
     """
     stride = (upper - lower) * (1.25 / steps)
     points = x.clamp(lower, upper)
-    worst = Attack(points, torch.full_like(points[:, 0, 0, 0], torch.inf))
+    worst = Attack(points, points.new_full((len(points),), torch.inf))
     with evaluating(model), torch.enable_grad():
         for step in range(steps + 1):
             points = points.detach().requires_grad_(step < steps)
             margin = _margin(model(points), target)
             lower_margin = ~(margin.detach() >= worst.margin)  # NaN is no margin either
             worst = Attack(
-                torch.where(lower_margin.view(-1, 1, 1, 1), points.detach(), worst.points),
+                torch.where(per_sample(lower_margin, points), points.detach(), worst.points),
                 torch.where(lower_margin, margin.detach(), worst.margin),
             )
             if step < steps:

@@ -32,7 +32,8 @@ class Solve(NamedTuple):
         z: the last evaluation f(z), shape of the start; ``None`` where only the figures are kept.
         iterations: evaluations of the map in any precision, products with its Jacobian included.
         full: those of them in the full precision.
-        residual: of the last evaluation, by the stopping rule; NaN if the iterates were not finite.
+        residual: of the last evaluation, by the stopping rule; NaN if the iterates, or their norms,
+            were not finite.
         converged: whether the residual is below the tolerance.
     """
 
@@ -140,10 +141,10 @@ def _iterate(f: Map, z: Tensor | None, mix: Mix, tol: float, max_iter: int) -> S
         iterations += 1
         z_norm += change
         # A tenth more than the tolerance, as norms are rounded; NaN is not above it.
-        if not change > 1.1 * tol * (z_norm + EPSILON) or iterations == max_iter:
+        if not change > 1.1 * tol * (z_norm + EPSILON) or iterations >= max_iter:
             size = norm(fz).item()
             residual = relative(change, size)
-            if not residual >= tol or iterations == max_iter:  # NaN ends a solve too
+            if not residual >= tol or iterations >= max_iter:  # NaN ends a solve too
                 return Solve(fz, iterations, iterations, residual, residual < tol)
             if plain:
                 z_norm = size
@@ -194,7 +195,7 @@ def _first_below(
         for fz, change, size in zip(evaluations, *norms.tolist(), strict=True):
             iterations += 1
             residual = relative(change, size)
-            if not residual >= tol or iterations == max_iter:
+            if not residual >= tol or iterations >= max_iter:
                 return Solve(fz, iterations, iterations, residual, residual < tol)
         del evaluations, fz  # the next few may have their memory
 
@@ -236,8 +237,8 @@ def _recorded(n, mix, z, before_fz, before_r, before_square, f, *args):
 
 
 def relative(change: float, size: float) -> float:
-    """The residual from ‖f(z) − z‖ and ‖f(z)‖."""
-    return change / (size + EPSILON)
+    """The residual from ‖f(z) − z‖ and ‖f(z)‖; NaN where the latter has overflowed."""
+    return change / (size + EPSILON) if size < math.inf else math.nan
 
 
 def norm(t: Tensor) -> Tensor:

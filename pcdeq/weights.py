@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pcdeq.networks import Network, build_network
+from pcdeq.networks import Network, build_network, check_network
 
 IDENTITY = {"network": str, "activation": str, "dataset": str, "augment": bool, "classes": int}
 
@@ -50,11 +50,11 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
             not a checkpoint.
     """
     path = Path(path)
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder: name best.pth or last.pth in it")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file or folder")
     try:
+        if path.is_dir():
+            raise CheckpointError(f"{path} is a folder: name best.pth or last.pth in it")
+        if not path.is_file():
+            raise CheckpointError(f"{path}: there is no such file or folder")
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged:
@@ -131,6 +131,7 @@ def load_network(
 
     Raises:
         CheckpointError: unreadable, contradicting the arguments, or needing them.
+        ValueError: a solver option is none of those that there are.
     """
     content = read_checkpoint(path)
     state = content.get("model", content)
@@ -157,22 +158,24 @@ def load_network(
                 "name what is missing (on a command line: -net, -activ, --dataset)"
             )
         identity = {**asked, "augment": bool(augment), "classes": len(classifier)}
+    identity = [identity[key] for key in IDENTITY]
     try:
-        model = build_network(*(identity[key] for key in IDENTITY), **solver_options)
-    except (TypeError, ValueError) as error:
+        check_network(*identity)
+    except ValueError as error:
         raise CheckpointError(f"{path} holds no network of this collection: {error}") from error
+    model = build_network(*identity, **solver_options)
     _load_state(model, content, path)
     return model.eval()
 
 
 def _is_entry(entry: tuple) -> bool:
-    """Whether it can be one of a state dict: a name and a plain tensor of real numbers."""
+    """Whether it can be one of a state dict: a name and a plain tensor of real or whole numbers."""
     key, value = entry
     return (
         isinstance(key, str)
         and isinstance(value, Tensor)
         and (value.layout, value.device.type) == (torch.strided, "cpu")
-        and not value.is_complex()
+        and (value.is_floating_point() or value.dtype == torch.int64)  # none quantised or complex
     )
 
 

@@ -115,6 +115,7 @@ def test_a_negative_weight_is_named():
     assert "1 of 9 weights negative, the first at (1, 2) (-0.1)" in c.reason
     assert (c.lower == -1).all() and (c.upper == 1).all()  # nothing else is known
     assert (c.rate_upper == math.inf).all() and (c.predicted == math.inf).all()
+    assert "holds=False" in repr(c) and "predicted=inf" in repr(c)
 
 
 @pytest.mark.parametrize("activation", ["tanh", "softsign", "relu6"])
@@ -169,11 +170,41 @@ def test_what_float64_cannot_resolve_is_named():
 
 
 def test_the_smallest_injected_values_are_fine():
-    """softplus is 0 in float32 below −20.5: the layer injects the smallest subnormal there."""
-    block = block_of(random_weight(5, 0.5, 1.0, 0), "tanh")
-    (c,) = certify(nn.Sequential(block), torch.full((2, 5), -40.0))
-    assert c.holds and 0 < c.smallest_injected < 1e-44
-    assert (c.lower > 0).all() and c.width.max() < 1e-40
+    """softplus is 0 in float32 below −20.5: the layer injects the smallest normal number there."""
+    weight = random_weight(5, 0.5, 1.0, 0)
+    for dtype, x in ((torch.float32, torch.finfo(torch.float32).tiny), (torch.float64, 1.4e-218)):
+        h = torch.full((2, 5), -100.0, dtype=dtype)
+        (c,) = certify(nn.Sequential(block_of(weight, "tanh", dtype)), h)
+        assert c.holds and c.smallest_injected == pytest.approx(x, rel=0.02, abs=0)
+        assert (c.lower > 0).all() and c.width.max() < 1e-40
+        assert c.predicted.isnan().sum() == 0 and f"predicted={c.predicted.max():.0f}" in repr(c)
+
+
+def test_each_use_of_a_block_has_its_own_certificate():
+    block, observed = PcDEQLinear(6), []
+    block.deq.register_forward_hook(lambda deq, *_: observed.append(deq.iter_forward))
+    with torch.no_grad():
+        block.deq.f.W.weight_g.fill_(0.7)
+    x = torch.full((4, 6), -3.0)
+    found = certify(nn.Sequential(block, nn.Linear(6, 6), block), x)
+    assert [c.observed for c in found] == observed and len(set(observed)) == 2
+    assert [c.name for c in found] == ["0", "0"]
+    observed.clear()
+    history(nn.Sequential(block), x, steps=2)
+    assert len(observed) == 1  # one pass
+
+
+def test_what_is_certified_does_not_depend_on_an_autocast():
+    model = nn.Sequential(PcDEQLinear(32, activation="relu6"))
+    with torch.no_grad():
+        model[0].deq.f.W.weight_g.fill_(1.0)
+    x = torch.randn(8, 32)
+    (outside,) = certify(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        (inside,) = certify(model, x)
+        assert torch.is_autocast_enabled("cpu")
+    for name in ("lower", "upper", "rate_lower", "rate_upper", "predicted"):
+        assert torch.equal(getattr(outside, name), getattr(inside, name)), name
 
 
 def test_a_gradient_that_may_not_converge_is_not_certified():
@@ -225,7 +256,8 @@ def test_histories_fall_at_the_certified_rate(name, activation):
 
 
 def test_what_has_nothing_to_certify_is_refused():
-    with pytest.raises(ValueError, match="no sample"):
-        certify(nn.Sequential(PcDEQLinear(3)), torch.rand(0, 3))
-    with pytest.raises(ValueError, match="no pcDEQ block"):
-        certify(nn.Linear(3, 3), torch.rand(2, 3))
+    for each in (certify, history):
+        with pytest.raises(ValueError, match="no sample"):
+            each(nn.Sequential(PcDEQLinear(3)), torch.rand(0, 3))
+        with pytest.raises(ValueError, match="no pcDEQ block"):
+            each(nn.Linear(3, 3), torch.rand(2, 3))

@@ -108,6 +108,9 @@ def test_a_block_without_a_rate_below_one_has_no_such_line(tmp_path, drawn):
         [History("block", residuals, residuals, residuals, 1.2, 1e-4)], tmp_path / "a"
     )
     assert len(drawn[0].axes[0].get_lines()) == 1 + 1 + 2  # measured, tolerance, legend
+    gone = [0.0] * 60  # in one step
+    convergence_figure([History("block", gone, gone, residuals, 1e-20, 1e-4)], tmp_path / "b")
+    assert len(drawn[1].axes[0].get_lines()) == 1 + 1 + 2
 
 
 def test_the_histories_of_a_real_network_can_be_drawn(tmp_path, drawn):

@@ -50,6 +50,7 @@ def test_two_checkpoints_of_one_name_are_not_drawn_over_each_other(tmp_path):
     for place in ("a", "b"):
         made_up_run(tmp_path / place / "run", LINEAR)
     paths = [str(tmp_path / place / "run/last.pth") for place in ("a", "b")]
+    main([paths[0], paths[0], "-o", str(tmp_path / "one"), "--sample"])  # the same one, once
     with pytest.raises(RunError, match=r"a/run/last\.pth and .*b/run/last\.pth would be drawn"):
         main([*paths, "-o", str(tmp_path / "out"), "--sample"])
     assert not (tmp_path / "out").exists()

@@ -169,6 +169,28 @@ def test_max_iter_bounds_both_solves_and_is_reported(solver, precision):
         assert not block.deq.forward_solve.converged
 
 
+@every_solver
+@pytest.mark.parametrize("root", [1.5, 5.0])
+@pytest.mark.parametrize("behind", [1, 8])
+def test_mixed_precision_solves_what_float32_solves(solver, root, behind):
+    """Samples of small x, which the norm over the batch leaves where J is no contraction yet."""
+    n = 32
+    h = torch.randn(64, n)
+    h[:behind] = -2
+    solves, outputs = [], []
+    for precision in ("fp32", "mixed"):
+        block = PcDEQLinear(n, solver=solver, precision=precision)
+        with torch.no_grad():
+            block.deq.f.W.weight_v.fill_(1)
+            block.deq.f.W.weight_g.fill_(root / n**0.5)
+            outputs.append(block(h))
+        solves.append(block.deq.forward_solve)
+    full, mixed = solves
+    assert full.converged and mixed.converged
+    assert mixed.iterations < 60
+    torch.testing.assert_close(outputs[1][behind:], outputs[0][behind:], rtol=1e-3, atol=1e-3)
+
+
 def test_inputs_that_are_not_finite_end_the_solve_at_once():
     for precision in PRECISIONS:
         block = make("linear", precision=precision)

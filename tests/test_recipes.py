@@ -1,7 +1,11 @@
 """The 32 rows: the paper's recipes, in its order, each a network that can be built."""
 
+from inspect import signature
+
 import pytest
 
+from pcdeq import Equilibrium
+from pcdeq.experiments.config import RunConfig
 from pcdeq.experiments.recipes import DEFAULTS, ROWS, default_activation
 from pcdeq.networks import NETWORKS, check_network
 
@@ -36,6 +40,11 @@ def test_the_rows_are_32_in_the_papers_order():
     assert counted == sorted(counted, key=[*dict.fromkeys(counted)].index)  # none interleaved
     kinds = [row.net.partition("_pcdeq")[0] for row in ROWS[:12]]
     assert kinds == ["linear"] * 4 + ["single_conv"] * 4 + ["multi_conv"] * 4
+
+
+def test_the_programs_solve_by_default_as_the_layer_does():
+    for name, parameter in list(signature(Equilibrium).parameters.items())[1:]:
+        assert getattr(RunConfig, name) == parameter.default
 
 
 def test_default_activations():

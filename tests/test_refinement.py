@@ -86,6 +86,20 @@ def test_refinement_drops_a_correction_that_does_not_lower_the_residual(harm):
     assert f.least >= 0
 
 
+@pytest.mark.parametrize("max_iter", range(4, 20))
+def test_refinement_that_runs_out_of_evaluations_returns_the_best_z(max_iter):
+    """Not the harmful correction that it had just tried."""
+    f = slow(0.8, dtype=torch.float32)
+    both = at(f, f.to(torch.bfloat16), lambda fz, r: HARMFUL["too long"](r))
+    rule = {"solver": picard, "dtype": torch.float32, "tol": 1e-7}
+    solve = refine(both, None, max_iter=max_iter, **rule)
+    first = refine(both, None, max_iter=3, **rule)
+    assert solve.iterations <= max_iter and not solve.converged
+    assert solve.residual <= first.residual < 0.3
+    again = ((f(solve.z) - solve.z).norm() / f(solve.z).norm()).item()
+    assert again <= solve.residual  # the map contracts
+
+
 def test_refinement_stops_where_the_map_is_not_finite():
     f = slow(0.8, dtype=torch.float32)
     low = f.to(torch.bfloat16)

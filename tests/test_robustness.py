@@ -199,6 +199,16 @@ def test_the_attack_breaks_no_proof_and_breaks_something(name, activation):
     torch.testing.assert_close(margin, found.margin, rtol=0, atol=1e-2)
 
 
+def test_vectors_are_attacked_as_images_are():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2))
+    x = torch.tensor([[1.0, 0.5], [1.0, 0.9]])
+    found = attack(model, x, x - 0.1, x + 0.1, torch.tensor([0, 0]))
+    torch.testing.assert_close(found.margin, torch.tensor([0.3, -0.1]))
+    torch.testing.assert_close(found.points, x + torch.tensor([-0.1, 0.1]))
+
+
 def test_the_attack_leaves_the_network_as_it_was():
     model = build_network("linear_pcdeq_1", "relu6").train()
     before = copy.deepcopy(model.state_dict())
@@ -230,6 +240,8 @@ def test_what_it_does_not_know_it_refuses():
         robust(nn.Sequential(nn.Linear(4, 2), nn.Flatten()), x, x, torch.tensor([0, 1]))
     with pytest.raises(TypeError, match=r"must be an nn\.Sequential, not Linear"):
         robust(nn.Linear(4, 2), x, x, torch.tensor([0, 1]))
+    with pytest.raises(TypeError, match="last layer must be"):
+        robust(nn.Sequential(), x, x, torch.tensor([0, 1]))
     plain = nn.Sequential(nn.Linear(4, 2))
     for targets in (torch.tensor([0]), torch.tensor([[1, 0], [0, 1]])):
         with pytest.raises(ValueError, match=r"targets of shape \(B,\)"):

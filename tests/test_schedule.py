@@ -361,6 +361,15 @@ def test_a_folder_without_results_is_an_error(tmp_path, what):
         main(ROOT, [what, "--results", str(tmp_path / "none")])
 
 
+def test_figures_are_of_the_rows_that_were_asked_for(tmp_path, capsys):
+    made_up_run(tmp_path / "run", LINEAR)
+    collect(tmp_path / "run", tmp_path)
+    words = ["--figures", "--results", str(tmp_path)]
+    with pytest.raises(RunError, match="holds no result of these rows"):
+        main(ROOT, ["svhn", *words])
+    assert "mnist_accuracy.png" in call(capsys, "mnist", *words)
+
+
 @pytest.mark.parametrize(
     "words",
     [

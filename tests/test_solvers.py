@@ -119,6 +119,16 @@ def test_not_finite_ends_the_solve(solver):
 
 
 @every
+@pytest.mark.parametrize("every_so_many", [1, 3])
+def test_a_norm_that_overflows_is_no_convergence(solver, every_so_many, monkeypatch):
+    """‖f(z)‖ is infinite in float32 before ‖f(z) − z‖ is: their ratio would be 0."""
+    monkeypatch.setattr(solvers, "_at_once", lambda f: every_so_many)
+    start = torch.full((1, 2), 1.5e19)
+    solve = solver(lambda z: 1.5 * z, start, tol=1e-4, max_iter=50)
+    assert math.isnan(solve.residual) and not solve.converged
+
+
+@every
 def test_zero_is_a_fixed_point_like_any_other(solver):
     solve = solver(lambda z: 0.5 * z, torch.ones(2, 3), tol=1e-4, max_iter=200)
     assert solve.converged and solve.z.norm() < 1e-8  # by the 1e-5 in the denominator

@@ -219,6 +219,13 @@ def test_load_network_says_what_a_plain_state_dict_does_not(tmp_path):
         load_network(path, "linear_pcdeq_1", "sigmoid", "mnist")
 
 
+def test_a_wrong_solver_option_is_not_the_files_fault(tmp_path):
+    path = ours(perturbed(), tmp_path / "best.pth")
+    with pytest.raises(ValueError, match=r"^unknown solver 'andersen'") as error:
+        load_network(path, solver="andersen")
+    assert not isinstance(error.value, CheckpointError)
+
+
 STATE = {"a": torch.ones(2)}
 LINEAR = {"network": "linear_pcdeq_1", "activation": "tanh", "dataset": "mnist", "augment": False}
 
@@ -274,6 +281,7 @@ def test_an_identity_that_is_none_is_refused(identity, tmp_path):
         {"a": torch.eye(3).to_sparse()},
         {"a": torch.ones(2, dtype=torch.complex64)},
         {"a": torch.ones(2, device="meta")},
+        {"a": torch.ones(2, dtype=torch.uint8)},
     ],
 )
 @pytest.mark.filterwarnings("ignore:Validating sparse")
@@ -295,6 +303,7 @@ def test_a_state_dict_of_something_else_is_refused(content, tmp_path):
 
 def test_no_file_and_no_directory(tmp_path):
     assert "no such file" in refusal(tmp_path / "none.pth")
+    assert "cannot be read" in refusal(tmp_path / ("x" * 300))
     assert "is a folder: name best.pth or last.pth in it" in refusal(tmp_path)
 
 

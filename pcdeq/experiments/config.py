@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pcdeq.experiments.recipes import row_name
+
 
 @dataclass
 class RunConfig:
@@ -45,10 +47,9 @@ class RunConfig:
         """The run's folder, ``out`` or one named after the run."""
         if self.out is not None:
             return Path(self.out)
-        marks = "_aug" * self.augment
-        marks += {"sample": "_sample", "image-folder": "_folder", "torchvision": ""}[self.data]
-        name = f"{self.dataset}_{self.net}_{self.activation}{marks}_seed{self.seed}"
-        return Path("runs") / name
+        row = row_name(self.dataset, self.net, self.activation, self.augment)
+        mark = {"sample": "_sample", "image-folder": "_folder", "torchvision": ""}[self.data]
+        return Path("runs") / f"{row}{mark}_seed{self.seed}"
 
     def __post_init__(self) -> None:
         if self.image_folder is not None:

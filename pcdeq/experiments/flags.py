@@ -11,6 +11,7 @@ from fractions import Fraction
 import torch
 
 from pcdeq.activations import ACTIVATIONS
+from pcdeq.experiments.config import RunConfig
 from pcdeq.implicit import PRECISIONS
 from pcdeq.networks import DATASETS, NETWORKS, check_network
 from pcdeq.solvers import SOLVERS
@@ -63,13 +64,13 @@ def add_network(parser: argparse.ArgumentParser) -> None:
 def add_solver(parser: argparse.ArgumentParser) -> None:
     """The options of ``build_network``."""
     solver = parser.add_argument_group("solver").add_argument
-    solver("--solver", metavar="NAME", choices=SOLVERS, default="picard",
+    solver("--solver", metavar="NAME", choices=SOLVERS, default=RunConfig.solver,
            help=f"{', '.join(SOLVERS)} (default: %(default)s)")
-    solver("--precision", metavar="NAME", choices=PRECISIONS, default="fp32",
+    solver("--precision", metavar="NAME", choices=PRECISIONS, default=RunConfig.precision,
            help=f"of the solves: {', '.join(PRECISIONS)} (default: %(default)s)")
-    solver("--tol", metavar="X", type=fraction, default=1e-4,
+    solver("--tol", metavar="X", type=fraction, default=RunConfig.tol,
            help="relative step that ends a solve (default: %(default)s)")
-    solver("--max-iter", metavar="N", type=count, default=200,
+    solver("--max-iter", metavar="N", type=count, default=RunConfig.max_iter,
            help="iterations that end it anyway (default: %(default)s)")
 # fmt: on
 

@@ -7,6 +7,9 @@ they stand; the training scripts' defaults and the reproduction of the tables co
 
 from dataclasses import dataclass
 
+from pcdeq.activations import allowed
+from pcdeq.networks import variant_of
+
 #: What a data set's recipe sets, by the names that ``Recipe`` has for it.
 DEFAULTS: dict[str, dict[str, float]] = {
     "mnist": dict(lr=5e-4, epochs=40, weight_decay=1.5e-2, batch_size=64, milestone=30),
@@ -44,21 +47,25 @@ class Recipe:
     @property
     def name(self) -> str:
         """The row's name in file names: ``"cifar_multi_conv_pcdeq_1_tanh_aug"``."""
-        aug = "_aug" if self.augment else ""
-        return f"{self.dataset}_{self.net}_{self.activation}{aug}"
+        return row_name(self.dataset, self.net, self.activation, self.augment)
+
+
+def row_name(dataset: str, net: str, activation: str, augment: bool) -> str:
+    """The name of a row, whether the paper has it or not."""
+    return f"{dataset}_{net}_{activation}" + "_aug" * augment
 
 
 def default_activation(net: str) -> str:
     """The activation that a network has unless told: tanh for pcDEQ-1, sigmoid for pcDEQ-2."""
-    return "sigmoid" if net.endswith("_2") else "tanh"
+    return allowed(variant_of(net))[0]
 
 
 def _rows(dataset: str, *kinds: str, augment: bool = False) -> tuple[Recipe, ...]:
-    variants = (1, "tanh"), (1, "softsign"), (1, "relu6"), (2, "sigmoid")
     return tuple(
         Recipe(dataset, f"{kind}_pcdeq_{variant}", activation, augment, **DEFAULTS[dataset])
         for kind in kinds
-        for variant, activation in variants
+        for variant in (1, 2)
+        for activation in allowed(variant)
     )
 
 

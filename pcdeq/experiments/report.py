@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from pcdeq.experiments import certifying, data, machine
-from pcdeq.experiments.evaluation import evaluate
+from pcdeq.experiments.evaluation import BATCH_SIZE, evaluate
 from pcdeq.experiments.flags import (
     add_data,
     add_help,
@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     add_network(parser)
     add_data(parser)
     run = parser.add_argument_group("run")
-    run.add_argument("-b", "--batch-size", metavar="N", type=count, default=500,
+    run.add_argument("-b", "--batch-size", metavar="N", type=count, default=BATCH_SIZE,
                      help="images in a batch of the test (default: %(default)s)")
     run.add_argument("--device", metavar="NAME", type=device,
                      help="cpu, cuda, cuda:N, mps (default: cuda, else cpu)")

@@ -71,7 +71,10 @@ def main(root: Path, argv: Sequence[str] | None = None) -> None:
     elif args.figures:
         from pcdeq.experiments.figures import result_figures  # late: matplotlib is optional
 
-        for path in result_figures(_held(results), results / "figures"):
+        rows = {recipe.name for recipe in recipes}
+        if not (held := [result for result in _held(results) if result.row in rows]):
+            raise RunError(f"{results} holds no result of these rows")
+        for path in result_figures(held, results / "figures"):
             print(path)
     elif args.dataset:
         _run(args, recipes, results, root, own)

@@ -20,7 +20,7 @@ import torch
 from pcdeq.experiments.config import RunConfig
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.files import write_whole
-from pcdeq.experiments.recipes import ROWS, Recipe
+from pcdeq.experiments.recipes import ROWS, Recipe, row_name
 from pcdeq.experiments.runs import COLUMNS, CONFIG, METRICS, read_config
 from pcdeq.networks import build_network
 
@@ -193,8 +193,7 @@ def _result(config: dict, metrics: list[dict[str, float]]) -> Result:
 
 def _recipe(config: dict) -> Recipe:
     """The paper's row that a run is of."""
-    marks = "_aug" * config["augment"]
-    name = f"{config['dataset']}_{config['net']}_{config['activation']}{marks}"
+    name = row_name(*(config[key] for key in ("dataset", "net", "activation", "augment")))
     if name not in RECIPES:
         raise RunError(f"{name} is none of the paper's rows")
     recipe = RECIPES[name]
