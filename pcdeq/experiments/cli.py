@@ -72,10 +72,10 @@ def parse(
     flags = parser.parse_args(argv)
     if flags.net is None:
         parser.error(f"name a network with -net: {', '.join(_networks(dataset))}")
-    flags.activation = flags.activation or default_activation(flags.net)
-    flags.device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if flags.net not in NETWORKS:  # of all networks, name those of this script
         parser.error(f"unknown network {flags.net!r}: choose from {', '.join(_networks(dataset))}")
+    flags.activation = flags.activation or default_activation(flags.net)
+    flags.device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         check_network(flags.net, flags.activation, dataset, flags.augment)
         config = RunConfig(dataset=dataset, **vars(flags))
