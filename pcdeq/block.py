@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pcdeq.activations import Activation, get_activation
-from pcdeq.implicit import Equilibrium
+from pcdeq.implicit import OPTIONS, Equilibrium
 from pcdeq.injections import INJECTIONS
 from pcdeq.layers import ConcaveLayer, Nonnegative, NonnegativeConv2d, NonnegativeLinear
 
@@ -30,6 +30,11 @@ class PcDEQ(nn.Module):
 
     def __init__(self, W: NonnegativeLinear | NonnegativeConv2d, activation: str, **options):
         super().__init__()
+        if unknown := options.keys() - OPTIONS:
+            raise TypeError(
+                f"{type(self).__name__} has no option {min(unknown)!r}: choose from "
+                f"activation, {', '.join(OPTIONS)}"
+            )
         self.deq = Equilibrium(ConcaveLayer(W, get_activation(activation)), **options)
 
     @property
@@ -117,8 +122,11 @@ def register_projection(
     """Makes ``project(model)`` follow every ``optimizer.step()``; returns the removable handle.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: there is no pcDEQ weight in ``model``, or the optimizer steps none of them.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the optimizer comes first, then the model, not {type(model).__name__}")
     layers = [module for module in model.modules() if isinstance(module, Nonnegative)]
     if not layers:
         raise ValueError("the model has no pcDEQ layer: there is nothing to project")

@@ -73,11 +73,12 @@ class Certificate:
     reason: str
 
     def __repr__(self) -> str:
-        """The figures of the worst sample; all of them are in the attributes."""
+        """The figures of the worst sample, and what is wrong; all of it is in the attributes."""
+        wrong = "" if self.holds else f", reason={self.reason!r}"
         return (
             f"Certificate({self.name}: holds={self.holds}, "
             f"rate_upper={self.rate_upper.max():.3g}, width={self.width.max():.2g}, "
-            f"error={self.error.max():.2g}, predicted={self.predicted.max():.0f})"
+            f"error={self.error.max():.2g}, predicted={self.predicted.max():.0f}{wrong})"
         )
 
 

@@ -22,6 +22,7 @@ from pcdeq.refinement import BF16_TOL, LOW, Linearised, refine
 from pcdeq.solvers import SOLVERS, Solve
 
 PRECISIONS = ("fp32", "mixed", "bf16")
+OPTIONS = ("solver", "precision", "tol", "max_iter")
 
 
 class Equilibrium(nn.Module):

@@ -62,7 +62,7 @@ def robust(model: nn.Sequential, lower: Tensor, upper: Tensor, target: Tensor) -
 
     Returns:
         Booleans, shape (B,): true where the target's logit exceeds every other one by more than
-        ``SLACK`` on the whole box. False means: not proved.
+        ``SLACK`` on the whole box. False means: not proved (so of NaN corners, too).
 
     Raises:
         TypeError: the model is no ``nn.Sequential``, a layer has no interval image here, or one has
@@ -76,8 +76,9 @@ def robust(model: nn.Sequential, lower: Tensor, upper: Tensor, target: Tensor) -
     *features, classifier = [*_layers(model)] or [model]
     if type(classifier) is not nn.Linear:
         raise TypeError(f"the last layer must be nn.Linear, not {type(classifier).__name__}")
-    if not ((target >= 0) & (target < classifier.out_features)).all():
-        raise ValueError(f"targets must be classes from 0 to {classifier.out_features - 1}")
+    known = (target >= 0) & (target < classifier.out_features)
+    if target.dtype != torch.int64 or not known.all():
+        raise ValueError(f"targets must be int64 classes from 0 to {classifier.out_features - 1}")
     with full_float32():
         centre, radius = _walk(features, lower, upper).centred()  # (B, n)
     weight, bias = _double(classifier)

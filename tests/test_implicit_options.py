@@ -221,6 +221,12 @@ def test_wrong_options_are_refused_in_one_sentence(kind, option, message):
         KINDS[kind](5, **option)
 
 
+@both
+def test_an_unknown_option_is_named_with_those_that_there_are(kind):
+    with pytest.raises(TypeError, match=rf"{KINDS[kind].__name__} has no option 'toll'.*max_iter"):
+        KINDS[kind](5, toll=1)
+
+
 def test_options_are_shown():
     assert "solver=anderson, precision=mixed, tol=0.001, max_iter=50" in repr(
         PcDEQLinear(3, solver="anderson", precision="mixed", tol=1e-3, max_iter=50)

@@ -115,6 +115,8 @@ def test_a_projection_of_nothing_is_refused():
     with pytest.raises(ValueError, match="nothing to project"):
         register_projection(torch.optim.SGD(model.parameters()), model)
     block = make("linear")
+    with pytest.raises(TypeError, match="the optimizer comes first, then the model, not SGD"):
+        register_projection(model, torch.optim.SGD(model.parameters()))
     with pytest.raises(ValueError, match="steps no pcDEQ weight of this model"):
         register_projection(torch.optim.SGD(model.parameters()), block)
 

@@ -274,7 +274,7 @@ def test_an_empty_box_proves_nothing():
     images, labels = digits()[2][:5], digits()[3][:5]
     with pytest.raises(ValueError, match="lower corner above"):
         robust(model, images + 0.2, images - 0.2, labels)
-    for wrong in (labels - 10, labels + 10):
+    for wrong in (labels - 10, labels + 10, labels.float()):
         with pytest.raises(ValueError, match="classes from 0 to 9"):
             robust(model, images, images, wrong)
 

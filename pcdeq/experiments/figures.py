@@ -273,12 +273,12 @@ def _falling(axis: Axes, first: int, values: Sequence[float], colour: str, label
 
 
 def _slope(axis: Axes, residuals: Sequence[float], rate: float, colour: str) -> None:
-    """The line c·rateᵏ, a little above the second half of the residuals."""
+    """The line c·rateᵏ that touches the residuals from above."""
     tail = [(k, value) for k, value in enumerate(residuals, 1) if value >= FLOOR]
     if not (0 < rate < 1 and tail):
         return
-    height = max(math.log(value) - k * math.log(rate) for k, value in tail[len(tail) // 2 :])
-    line = [3 * math.exp(height + k * math.log(rate)) for k, _ in tail]
+    height = max(math.log(value) - k * math.log(rate) for k, value in tail)
+    line = [math.exp(height + k * math.log(rate)) for k, _ in tail]
     axis.semilogy([k for k, _ in tail], line, color=colour, linestyle=DASHES[2], linewidth=0.8)
 
 

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from typing import NoReturn
 
 import torch
 
@@ -100,6 +101,10 @@ class _Parser(argparse.ArgumentParser):
     def _get_option_tuples(self, option_string: str) -> list[tuple]:
         # allow_abbrev=False leaves those of one dash; what stays are values as in -b64.
         return [found for found in super()._get_option_tuples(option_string) if found[-1]]
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.startswith("unrecognized arguments")
+        super().error(message + "; --help lists all" * unknown)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

@@ -22,6 +22,7 @@ from pcdeq.experiments.flags import (
     program,
     radius,
 )
+from pcdeq.implicit import OPTIONS
 from pcdeq.networks import Network
 from pcdeq.weights import load_network
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     flags = _parse(argv)
     machine.keep_freed_memory()
-    options = {name: getattr(flags, name) for name in ("solver", "precision", "tol", "max_iter")}
+    options = {name: getattr(flags, name) for name in OPTIONS}
     model = load_network(flags.checkpoint, *identity(flags), **options).to(flags.device)
     images = data.test_set(model, **data_source(flags), device=flags.device).some(flags.first)
     with machine.threads_for(model.name):

@@ -22,10 +22,10 @@ from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.files import write_whole
 from pcdeq.experiments.recipes import ROWS, Recipe, row_name
 from pcdeq.experiments.runs import COLUMNS, CONFIG, METRICS, read_config
+from pcdeq.implicit import OPTIONS
 from pcdeq.networks import build_network
 
 RECIPES = {recipe.name: recipe for recipe in ROWS}
-OPTIONS = ("solver", "precision", "tol", "max_iter")
 DEFAULT_OPTIONS = {name: getattr(RunConfig, name) for name in OPTIONS}
 SETTINGS = ("lr", "weight_decay", "batch_size", "milestone")  # what makes a run this row
 
