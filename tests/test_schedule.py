@@ -330,8 +330,8 @@ def test_what_is_held_with_other_options_is_named(tmp_path, capsys):
     main(ROOT, asked)
     assert capsys.readouterr().err == ""
     main(ROOT, [*asked, "--solver", "anderson"])
-    said = "note: mnist_linear_pcdeq_1_tanh, seed 0, is held with the default options\n"
-    assert capsys.readouterr().err == said
+    said = "note: mnist_linear_pcdeq_1_tanh, seed 0, is held with the default options: "
+    assert capsys.readouterr().err == said + "a table averages seeds of the same options only\n"
 
 
 def test_runs_from_elsewhere_are_taken_in_with_their_weights(tmp_path, capsys):
@@ -368,6 +368,10 @@ def test_figures_are_of_the_rows_that_were_asked_for(tmp_path, capsys):
     with pytest.raises(RunError, match="holds no result of these rows"):
         main(ROOT, ["svhn", *words])
     assert "mnist_accuracy.png" in call(capsys, "mnist", *words)
+    made_up_run(tmp_path / "short", LINEAR, ran=1)
+    collect(tmp_path / "short", tmp_path / "few")
+    with pytest.raises(RunError, match="no whole run of these rows"):
+        main(ROOT, ["--figures", "--results", str(tmp_path / "few")])
 
 
 @pytest.mark.parametrize(

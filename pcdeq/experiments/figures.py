@@ -229,12 +229,14 @@ def _pair(axis: Axes, runs: dict, solid: str, dashed: str, label: str) -> None:
 
 
 def _legend(axis: Axes, solid: str, dashed: str) -> None:
-    """The lines' names above the figure, and what solid and dashed mean."""
+    """What solid and dashed mean, and the lines' names, above a figure that grows with them."""
     axis.plot([], [], color="grey", label=solid)
     axis.plot([], [], color="grey", linestyle=DASHES[2], label=dashed)
-    handles, labels = axis.get_legend_handles_labels()
+    handles, labels = (each[-2:] + each[:-2] for each in axis.get_legend_handles_labels())
     columns = 2 if max(map(len, labels)) < 40 else 1
-    axis.figure.legend(handles, labels, loc="outside upper center", ncols=columns)
+    figure, more = axis.figure, math.ceil(len(labels) / columns) - 2
+    figure.set_figheight(figure.get_figheight() + max(0, more) * 0.16)  # inches a row
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns)
 
 
 def convergence_figure(histories: Sequence[History], path: Path) -> Path:

@@ -74,8 +74,11 @@ def main(root: Path, argv: Sequence[str] | None = None) -> None:
         rows = {recipe.name for recipe in recipes}
         if not (held := [result for result in _held(results) if result.row in rows]):
             raise RunError(f"{results} holds no result of these rows")
-        for path in result_figures(held, results / "figures"):
-            print(path)
+        if not (paths := result_figures(held, results / "figures")):
+            raise RunError(
+                f"{results} holds no whole run of these rows: a few epochs make no curve"
+            )
+        print(*paths, sep="\n")
     elif args.dataset:
         _run(args, recipes, results, root, own)
     else:
@@ -185,7 +188,11 @@ def _note_others(
             result.options[name] != getattr(args, name) for name in OPTIONS
         ):
             how = " ".join(changed_options(result)) or "the default options"
-            print(f"note: {result.row}, seed {result.seed}, is held with {how}", file=sys.stderr)
+            print(
+                f"note: {result.row}, seed {result.seed}, is held with {how}: a table averages "
+                "seeds of the same options only",
+                file=sys.stderr,
+            )
 
 
 def _job(recipe: Recipe, seed: int, runs: Path, root: Path, options: dict[str, object]) -> Job:
