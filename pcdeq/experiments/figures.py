@@ -243,7 +243,7 @@ def convergence_figure(histories: Sequence[History], path: Path) -> Path:
     """How the blocks of one network converge on a batch, iteration by iteration, on a log axis.
 
     Residuals of the forward and the backward solve, a colour for each block, with the certified
-    rate as a dashed line of that slope above the tail, and the width of the enclosure closing.
+    rate as a dashed line of that slope above them, and the width of the enclosure closing.
 
     Args:
         histories: of ``pcdeq.certificates.history``, one a block.
