@@ -106,7 +106,7 @@ class _Visit(NamedTuple):
     block: PcDEQ
     x: Tensor
     z: Tensor
-    iterations: int
+    observed: int
 
 
 @torch.no_grad()

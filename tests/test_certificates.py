@@ -172,7 +172,7 @@ def test_what_float64_cannot_resolve_is_named():
 
 
 def test_the_smallest_injected_values_are_fine():
-    """softplus is 0 in float32 below −20.5: the layer injects the smallest normal number there."""
+    """Where softplus underflows in float32 the layer injects the smallest normal number."""
     weight = random_weight(5, 0.5, 1.0, 0)
     for dtype, x in ((torch.float32, torch.finfo(torch.float32).tiny), (torch.float64, 1.4e-218)):
         h = torch.full((2, 5), -100.0, dtype=dtype)

@@ -7,6 +7,7 @@ import pytest
 from pcdeq import Equilibrium
 from pcdeq.experiments.config import RunConfig
 from pcdeq.experiments.recipes import DEFAULTS, ROWS, default_activation
+from pcdeq.implicit import OPTIONS
 from pcdeq.networks import NETWORKS, check_network
 
 # lr, epochs, weight decay, batch size, milestone
@@ -43,7 +44,9 @@ def test_the_rows_are_32_in_the_papers_order():
 
 
 def test_the_programs_solve_by_default_as_the_layer_does():
-    for name, parameter in list(signature(Equilibrium).parameters.items())[1:]:
+    _, *options = signature(Equilibrium).parameters.items()
+    assert tuple(name for name, _ in options) == OPTIONS
+    for name, parameter in options:
         assert getattr(RunConfig, name) == parameter.default
 
 

@@ -276,12 +276,12 @@ def _falling(axis: Axes, first: int, values: Sequence[float], colour: str, label
 
 def _slope(axis: Axes, residuals: Sequence[float], rate: float, colour: str) -> None:
     """The line c·rateᵏ that touches the residuals from above."""
-    tail = [(k, value) for k, value in enumerate(residuals, 1) if value >= FLOOR]
-    if not (0 < rate < 1 and tail):
+    shown = [(k, value) for k, value in enumerate(residuals, 1) if value >= FLOOR]
+    if not (0 < rate < 1 and shown):
         return
-    height = max(math.log(value) - k * math.log(rate) for k, value in tail)
-    line = [math.exp(height + k * math.log(rate)) for k, _ in tail]
-    axis.semilogy([k for k, _ in tail], line, color=colour, linestyle=DASHES[2], linewidth=0.8)
+    height = max(math.log(value) - k * math.log(rate) for k, value in shown)
+    line = [math.exp(height + k * math.log(rate)) for k, _ in shown]
+    axis.semilogy([k for k, _ in shown], line, color=colour, linestyle=DASHES[2], linewidth=0.8)
 
 
 def robustness_figure(rows: Sequence[dict], path: Path) -> Path:

@@ -69,16 +69,7 @@ def main(root: Path, argv: Sequence[str] | None = None) -> None:
     elif args.table:
         _table(recipes, results, root, own)
     elif args.figures:
-        from pcdeq.experiments.figures import result_figures  # late: matplotlib is optional
-
-        rows = {recipe.name for recipe in recipes}
-        if not (held := [result for result in _held(results) if result.row in rows]):
-            raise RunError(f"{results} holds no result of these rows")
-        if not (paths := result_figures(held, results / "figures")):
-            raise RunError(
-                f"{results} holds no whole run of these rows: a few epochs make no curve"
-            )
-        print(*paths, sep="\n")
+        _figures(recipes, results)
     elif args.dataset:
         _run(args, recipes, results, root, own)
     else:
@@ -231,6 +222,17 @@ def _held(results: Path) -> list[Result]:
     if not (held := read_results(results)):
         raise RunError(f"{results} holds no results: reproduce.py DATASET --results {results}")
     return held
+
+
+def _figures(recipes: list[Recipe], results: Path) -> None:
+    """Draws the rows that were run whole."""
+    from pcdeq.experiments.figures import result_figures  # late: matplotlib is optional
+
+    rows = {recipe.name for recipe in recipes}
+    mine = [result for result in _held(results) if result.row in rows]
+    if not (paths := result_figures(mine, results / "figures")):
+        raise RunError(f"{results} holds no whole run of these rows: a few epochs make no curve")
+    print(*paths, sep="\n")
 
 
 def references(root: Path) -> list[Reference]:
