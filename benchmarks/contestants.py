@@ -50,7 +50,8 @@ TORCHDEQ = {f"torchdeq {solver}": solver for solver in ("fixed_point_iter", "and
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
     """A step of projected AdamW; torch's fused one for this project (``contestant``)."""
-    optimizer.zero_grad(set_to_none=True)
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = None
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
     model.clamp()

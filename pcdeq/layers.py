@@ -4,10 +4,10 @@ W is a bias-free linear map or 3×3 convolution, kept in weight normalisation W 
 output rows (Salimans and Kingma, 2016) with v ≥ 0 and g ≥ 0, so that projecting the two parameters
 onto the nonnegative orthant after each optimizer step keeps W there (projected AdamW).
 
-A solve uses one W many times: ``weight()`` forms it once, and ``apply`` is the bare map. The
-transpose of such a map is a map of the same kind, with the transposed matrix or the flipped kernel,
-so Jᵀy needs no autograd: J = diag(σ')·W and Jᵀy = Wᵀ(σ'∘y). ``at``, ``tangent`` and ``adjoint``
-are what solvers iterate.
+A solve uses one W many times: ``weight()`` forms it once, ``apply`` is the bare map, and ``affine``
+adds a constant. The transpose of such a map is a map of the same kind, with the transposed matrix
+or the flipped kernel, so Jᵀy needs no autograd: J = diag(σ')·W and Jᵀy = Wᵀ(σ'∘y). ``at``,
+``tangent`` and ``adjoint`` are what solvers iterate.
 """
 
 import math
@@ -79,9 +79,14 @@ class NonnegativeLinear(Nonnegative):
         return F.linear(z, weight)
 
     @staticmethod
-    def affine(z: Tensor, weight: Tensor, b: Tensor) -> Tensor:
+    def factor(weight: Tensor) -> Tensor:
+        """Wᵀ: what ``affine`` multiplies the rows of z by."""
+        return weight.t()
+
+    @staticmethod
+    def affine(z: Tensor, factor: Tensor, b: Tensor) -> Tensor:
         """Wz + b, shape (B, features)."""
-        return torch.addmm(b, z, weight.t())
+        return torch.addmm(b, z, factor)
 
     @staticmethod
     def transpose(weight: Tensor) -> Tensor:
@@ -112,7 +117,12 @@ class NonnegativeConv2d(Nonnegative):
         return F.conv2d(z, weight, padding=1)
 
     @staticmethod
-    def affine(z: Tensor, weight: Tensor, b: Tensor) -> Tensor:
+    def factor(weight: Tensor) -> Tensor:
+        """W, as it is."""
+        return weight
+
+    @staticmethod
+    def affine(z: Tensor, factor: Tensor, b: Tensor) -> Tensor:
         """W∗z + b, shape (B, channels, H, W).
 
         In bfloat16 oneDNN adds b to its sums before they are rounded: one pass and one rounding
@@ -121,8 +131,8 @@ class NonnegativeConv2d(Nonnegative):
         low = z.dtype == torch.bfloat16 and z.device.type == "cpu" and CONVOLUTION_PLUS is not None
         if low and not _is_recorded():
             one = [1, 1]  # padding, stride, dilation
-            return CONVOLUTION_PLUS(z, b, weight, None, one, one, one, 1, "add", 1, None, [], None)
-        return F.conv2d(z, weight, padding=1).add_(b)
+            return CONVOLUTION_PLUS(z, b, factor, None, one, one, one, 1, "add", 1, None, [], None)
+        return F.conv2d(z, factor, padding=1).add_(b)
 
     @staticmethod
     def transpose(weight: Tensor) -> Tensor:
@@ -163,7 +173,7 @@ class ConcaveLayer(nn.Module):
         ``adjoint``.
         """
         sigma = self.activation.function if _is_recorded() else self.activation.function_
-        return partial(_f, self.W.affine, sigma, x, weight)
+        return partial(_f, self.W.affine, sigma, x, self.W.factor(weight))
 
     def tangent(self, slope: Tensor, r: Tensor, weight: Tensor) -> Callable[[Tensor], Tensor]:
         """v ↦ Jv + r = σ'∘(Wv) + r, from the slope σ' and W."""
@@ -171,22 +181,22 @@ class ConcaveLayer(nn.Module):
 
     def adjoint(self, slope: Tensor, b: Tensor, transposed: Tensor) -> Callable[[Tensor], Tensor]:
         """g ↦ Jᵀg + b = Wᵀ(σ'∘g) + b, from the slope σ' and Wᵀ."""
-        return partial(_adjoint, self.W.affine, b, slope, transposed)
+        return partial(_adjoint, self.W.affine, b, slope, self.W.factor(transposed))
 
 
 # Plain functions with nothing but arguments: a solver can see all that a map depends on.
 
 
-def _f(affine: Callable, sigma: Callable, x: Tensor, weight: Tensor, z: Tensor | None) -> Tensor:
-    return sigma(x.clone() if z is None else affine(z, weight, x))
+def _f(affine: Callable, sigma: Callable, x: Tensor, factor: Tensor, z: Tensor | None) -> Tensor:
+    return sigma(x.clone() if z is None else affine(z, factor, x))
 
 
 def _tangent(apply: Callable, r: Tensor, slope: Tensor, weight: Tensor, v: Tensor) -> Tensor:
     return torch.addcmul(r, slope, apply(v, weight))
 
 
-def _adjoint(affine: Callable, b: Tensor, slope: Tensor, transposed: Tensor, g: Tensor) -> Tensor:
-    return affine(slope * g, transposed, b)
+def _adjoint(affine: Callable, b: Tensor, slope: Tensor, factor: Tensor, g: Tensor) -> Tensor:
+    return affine(slope * g, factor, b)
 
 
 class _WeightNorm(torch.autograd.Function):

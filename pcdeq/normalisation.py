@@ -1,9 +1,9 @@
-"""Batch normalisation of images with few channels, on a CPU, in channels_last.
+"""Batch normalisation of images in the parameters' precision; of few channels, on a CPU, faster.
 
-torch vectorises over the channels of a pixel. Where they do not fill its vectors (12, 20, 50
-and 82 channels of the conv networks) its kernels take scalar steps, and cost a tenth of a training
-step. The same arithmetic, written as passes over rows of many pixels at once, is several times as
-fast.
+In channels_last torch vectorises over the channels of a pixel. Where they do not fill its vectors
+(12, 20, 50 and 82 channels of the conv networks) its kernels take scalar steps, and cost a tenth of
+a training step. The same arithmetic, written as passes over rows of many pixels at once, is several
+times as fast.
 
 y = w·(h − m)/√(v + ε) + b with mean m and variance v of each channel over batch and pixels
 (Ioffe and Szegedy, 2015).
@@ -15,30 +15,30 @@ import torch
 from torch import Tensor, nn
 
 VECTOR = 8  # channels that torch's kernels take at once, at least
-MANY = {  # dtypes of images and parameters → channels from which on scalar steps no longer matter
-    (torch.float32, torch.float32): 100,
-    (torch.float64, torch.float64): 100,
-    (torch.bfloat16, torch.float32): 32,  # under autocast; two more conversions for us
-}
+MANY = 100  # channels, from which on scalar steps no longer matter
 PIXELS = 64  # in a row, at most: long rows, and still many of them
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d``, the same to rounding; what it cannot do faster it leaves to torch."""
+    """``nn.BatchNorm2d``, the same to rounding; what it cannot do faster it leaves to torch.
+
+    Images that come in a lower precision than the parameters', as under autocast, leave in theirs:
+    so the block behind computes, and they are not rounded in between.
+    """
 
     def forward(self, h: Tensor) -> Tensor:
-        """Normalised h, of its shape (B, channels, H, W) and dtype."""
+        """Normalised h, of its shape (B, channels, H, W)."""
+        if self.weight is not None:
+            h = h.to(torch.promote_types(h.dtype, self.weight.dtype))
         if not self._is_faster(h):
             return super().forward(h)
-        # Images in bfloat16 are normalised in float32, as torch does.
-        full = h.to(self.weight.dtype)
-        y, mean, variance = _Normalise.apply(full, self.weight, self.bias, self.eps)
+        y, mean, variance = _Normalise.apply(h, self.weight, self.bias, self.eps)
         values = h.numel() // h.shape[1]
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (values / (values - 1)), self.momentum)
-        return y.to(h.dtype)
+        return y
 
     def _is_faster(self, h: Tensor) -> bool:
         state = (self.weight, self.bias, self.running_mean, self.running_var)
@@ -46,13 +46,14 @@ class BatchNorm2d(nn.BatchNorm2d):
             self.training
             and h.device.type == "cpu"
             and self.weight is not None
+            and h.dtype in (torch.float32, torch.float64)
             and h.ndim == 4
-            and h.shape[1] == self.num_features < MANY.get((h.dtype, self.weight.dtype), 0)
+            and h.shape[1] == self.num_features < MANY
             and h.shape[1] % VECTOR > 0
             and h.numel() > h.shape[1]  # torch has the error for one value a channel
             and h.is_contiguous(memory_format=torch.channels_last)
             and None not in (self.momentum, self.num_batches_tracked)
-            and all(t is not None and t.dtype == self.weight.dtype for t in state)
+            and all(t is not None and t.dtype == h.dtype for t in state)
             and not torch.compiler.is_compiling()
         )
 

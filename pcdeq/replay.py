@@ -57,6 +57,7 @@ class Replay:
         # of its own for each stream, here from the graph's.
         where = {"stream": torch.cuda.Stream(), "capture_error_mode": "thread_local"}
         back = torch.cuda.stream(torch.cuda.current_stream())  # where torch leaves, if this fails
+        self._call()  # each thread has handles of libraries, and makes none while it records
         with _ONE_AT_A_TIME, back, torch.cuda.graph(self._graph, **where):
             return self._call()
 

@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import re
+import time
 import warnings
 
 import pytest
@@ -172,10 +173,34 @@ def test_replays_hold_no_more_memory_from_step_to_step():
     block = make("linear", "tanh", root=0.9, n=64).cuda()
     h, probe = (torch.rand(32, 64).cuda() for _ in range(2))
     settled(block, h, probe)
-    held = torch.cuda.memory_allocated()
+    held = memory_at_rest()
     for _ in range(5):
         run(block, h, probe)
-    assert torch.cuda.memory_allocated() == held
+    assert memory_at_rest() == held
+
+
+def memory_at_rest() -> int:
+    """Bytes in use; autograd's thread frees a graph a moment after the gradients are there."""
+    time.sleep(0.2)
+    return torch.cuda.memory_allocated()
+
+
+def test_a_thread_that_has_computed_nothing_yet_can_record():
+    """It has no handle of cuBLAS of its own, and must not make one while it records."""
+    block = make("linear", "tanh", root=0.9, n=64).cuda()
+    h = torch.rand(16, 64).cuda()
+    replay.clear()
+
+    def work():
+        with torch.no_grad():
+            block(h)
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        work()  # asked for, by a thread that keeps its handle
+        in_threads(work, [()])
+    assert [str(warning.message) for warning in seen] == []
+    assert [type(kept) for kept in replay._kept.values()] == [replay.Replay]
 
 
 @both

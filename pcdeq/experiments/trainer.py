@@ -39,8 +39,9 @@ class Trainer:
         self.network, self.images, self.config = network, images, config
         self.processes = processes
         self.model = processes.wrap(network)
+        self.parameters = list(network.parameters())
         self.optimizer = torch.optim.AdamW(
-            network.parameters(), config.lr, weight_decay=config.weight_decay, fused=True
+            self.parameters, config.lr, weight_decay=config.weight_decay, fused=True
         )
 
     def step(self, x: Tensor, y: Tensor, share: float = 1.0) -> tuple[float, int]:
@@ -57,7 +58,8 @@ class Trainer:
         Raises:
             FloatingPointError: a solve or the loss is not finite; the weights are as before.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None  # zero_grad takes 2 % of a step of the linear network
         logits = self.model(x)  # (B, classes)
         self._check("forward")
         loss = F.cross_entropy(logits, y)
