@@ -67,14 +67,14 @@ def _tanh_(s: Tensor) -> Tensor:
     numpy's is exact to 1.4 units in the last place. bfloat16 goes by way of float32 with AVX-512,
     in half the time of torch's own.
     """
-    if s.device.type != "cpu":
+    if not s.is_cpu:
         return s.tanh_()
     large = s.numel() >= LARGE
-    if s.dtype == torch.bfloat16 and large and AVX512:
+    if s.dtype is torch.bfloat16 and large and AVX512:
         return s.copy_(_tanh_(s.float()))
-    if s.dtype == torch.float32 and NUMPY and not (large and torch.get_num_threads() > FEW):
+    if s.dtype is torch.float32 and NUMPY and not (large and torch.get_num_threads() > FEW):
         v = s.numpy()  # the same memory
-        np.tanh(v, out=v)
+        np.tanh(v, v)
         return s
     return s.tanh_()
 

@@ -83,10 +83,7 @@ class NonnegativeLinear(Nonnegative):
         """Wᵀ: what ``affine`` multiplies the rows of z by."""
         return weight.t()
 
-    @staticmethod
-    def affine(z: Tensor, factor: Tensor, b: Tensor) -> Tensor:
-        """Wz + b, shape (B, features)."""
-        return torch.addmm(b, z, factor)
+    affine = staticmethod(torch.addmm)  # (b, z, factor) ↦ Wz + b, shape (B, features)
 
     @staticmethod
     def transpose(weight: Tensor) -> Tensor:
@@ -122,7 +119,7 @@ class NonnegativeConv2d(Nonnegative):
         return weight
 
     @staticmethod
-    def affine(z: Tensor, factor: Tensor, b: Tensor) -> Tensor:
+    def affine(b: Tensor, z: Tensor, factor: Tensor) -> Tensor:
         """W∗z + b, shape (B, channels, H, W).
 
         In bfloat16 oneDNN adds b to its sums before they are rounded: one pass and one rounding
@@ -188,7 +185,7 @@ class ConcaveLayer(nn.Module):
 
 
 def _f(affine: Callable, sigma: Callable, x: Tensor, factor: Tensor, z: Tensor | None) -> Tensor:
-    return sigma(x.clone() if z is None else affine(z, factor, x))
+    return sigma(x.clone() if z is None else affine(x, z, factor))
 
 
 def _tangent(apply: Callable, r: Tensor, slope: Tensor, weight: Tensor, v: Tensor) -> Tensor:
@@ -196,7 +193,7 @@ def _tangent(apply: Callable, r: Tensor, slope: Tensor, weight: Tensor, v: Tenso
 
 
 def _adjoint(affine: Callable, b: Tensor, slope: Tensor, factor: Tensor, g: Tensor) -> Tensor:
-    return affine(slope * g, factor, b)
+    return affine(b, slope * g, factor)
 
 
 class _WeightNorm(torch.autograd.Function):

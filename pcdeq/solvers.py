@@ -243,7 +243,7 @@ def relative(change: float, size: float) -> float:
 
 def norm(t: Tensor) -> Tensor:
     """‖t‖₂, 0-dimensional."""
-    if t.ndim != 4 or t.device.type != "cpu" or t.dtype not in (torch.float32, torch.float64):
+    if t.ndim != 4 or not t.is_cpu or t.dtype not in (torch.float32, torch.float64):
         return vector_norm(t)
     t = t.permute(0, 2, 3, 1).reshape(-1)  # a view, if t is in channels_last
     return t.dot(t).sqrt_()  # in half the time of vector_norm
