@@ -206,6 +206,8 @@ def main() -> None:
         "medians of interleaved rounds\n"
         "it: the step of the row; B: the bare kernels; iterations block by block\n"
     )
+    if not installed_torchdeq():
+        print("without torchdeq, which is not installed (pip install torchdeq)\n")
     for row in ROWS:
         if not fnmatch.fnmatch(row.name, args.rows):
             continue

@@ -60,8 +60,8 @@ def all_recorded() -> bool:
     return bool(replay._kept) and all(isinstance(r, Replay) for r in replay._kept.values())
 
 
-def affine(z: Tensor, weight: Tensor, b: Tensor) -> Tensor:
-    return z @ weight + b
+def affine(b: Tensor, z: Tensor, factor: Tensor) -> Tensor:
+    return z @ factor + b
 
 
 def problem(seed: int, device: str = "cpu", n: int = 6, batch: int = 4) -> partial:
