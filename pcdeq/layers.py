@@ -5,9 +5,9 @@ output rows (Salimans and Kingma, 2016) with v ≥ 0 and g ≥ 0, so that projec
 onto the nonnegative orthant after each optimizer step keeps W there (projected AdamW).
 
 A solve uses one W many times: ``weight()`` forms it once, ``apply`` is the bare map, and ``affine``
-adds a constant. The transpose of such a map is a map of the same kind, with the transposed matrix
-or the flipped kernel, so Jᵀy needs no autograd: J = diag(σ')·W and Jᵀy = Wᵀ(σ'∘y). ``at``,
-``tangent`` and ``adjoint`` are what solvers iterate.
+the map plus a constant, with W as ``factor`` gives it. The transpose of such a map is a map of the
+same kind, with the transposed matrix or the flipped kernel, so Jᵀy needs no autograd:
+J = diag(σ')·W and Jᵀy = Wᵀ(σ'∘y). ``at``, ``tangent`` and ``adjoint`` are what solvers iterate.
 """
 
 import math

@@ -22,12 +22,12 @@ PIXELS = 64  # in a row, at most: long rows, and still many of them
 class BatchNorm2d(nn.BatchNorm2d):
     """``nn.BatchNorm2d``, the same to rounding; what it cannot do faster it leaves to torch.
 
-    Images that come in a lower precision than the parameters', as under autocast, leave in theirs:
-    so the block behind computes, and they are not rounded in between.
+    Images that come in a lower precision than the parameters', as under autocast, leave in that of
+    the parameters: the block behind computes in it, and nothing is rounded in between.
     """
 
     def forward(self, h: Tensor) -> Tensor:
-        """Normalised h, of its shape (B, channels, H, W)."""
+        """Normalised h, of its shape (B, channels, H, W), in the wider of both dtypes."""
         if self.weight is not None:
             h = h.to(torch.promote_types(h.dtype, self.weight.dtype))
         if not self._is_faster(h):

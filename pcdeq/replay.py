@@ -57,7 +57,7 @@ class Replay:
         # of its own for each stream, here from the graph's.
         where = {"stream": torch.cuda.Stream(), "capture_error_mode": "thread_local"}
         back = torch.cuda.stream(torch.cuda.current_stream())  # where torch leaves, if this fails
-        self._call()  # each thread has handles of libraries, and makes none while it records
+        self._call()  # a thread makes its handles of libraries now: it could not while it records
         with _ONE_AT_A_TIME, back, torch.cuda.graph(self._graph, **where):
             return self._call()
 
@@ -81,8 +81,8 @@ _of_kept = threading.Lock()
 def lend(call: partial) -> Iterator[Replay | None]:
     """A loaded ``Replay`` of the call, nobody else's meanwhile; or ``None``, to do without.
 
-    ``None`` the first time, when libraries load and choose their kernels; while someone else has
-    it; and where recording failed, with a warning.
+    ``None`` the first time, as what comes once is not worth a recording; while someone else has it;
+    and where recording failed, with a warning.
 
     Args:
         call: as for ``Replay``; ``pays`` holds, and arguments other than tensors are hashable.

@@ -101,22 +101,29 @@ def test_what_it_does_not_speed_up_is_left_to_torch(change):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("channels", [12, 50, 125])  # ours, ours, torch's
-def test_bfloat16_leaves_in_the_precision_of_the_parameters(channels, training):
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", [12, 20, 50, 125])
+def test_a_lower_precision_leaves_in_that_of_the_parameters(channels, low, training):
     ours, theirs = (layer.train(training) for layer in pair(channels, torch.float32))
-    x = images(channels, torch.float32, batch=16).bfloat16()
+    x = images(channels, torch.float32, batch=16).to(low)
     g = torch.randn(x.shape)
     results = []
-    for layer, dtype in ((ours, torch.bfloat16), (theirs, torch.float32)):
+    for layer, dtype in ((ours, low), (theirs, torch.float32)):
         leaf = x.to(dtype, copy=True).requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", low):
             y = layer(leaf)
         grads = torch.autograd.grad(y, (leaf, layer.weight, layer.bias), g)
         assert y.dtype == torch.float32 and grads[0].dtype == dtype
         results.append((y, grads[0].float(), *grads[1:], layer.running_mean, layer.running_var))
     for i, (mine, reference) in enumerate(zip(*results, strict=True)):
+        assert mine.dtype == reference.dtype
         rounding = 2.0**-7 if i == 1 else 1e-4
         torch.testing.assert_close(mine, reference, rtol=rounding, atol=rounding)
+    assert torch.equal(ours.running_mean, torch.zeros(channels)) == (not training)
+    assert ours._is_faster(x.float()) == (training and channels < normalisation.MANY)
+    if not ours._is_faster(x.float()):  # it is left to torch
+        assert torch.equal(ours(x), theirs(x.float()))
+        assert torch.equal(ours.running_var, theirs.running_var)
 
 
 def test_a_model_in_bfloat16_stays_in_it():

@@ -39,9 +39,8 @@ class Trainer:
         self.network, self.images, self.config = network, images, config
         self.processes = processes
         self.model = processes.wrap(network)
-        self.parameters = list(network.parameters())
         self.optimizer = torch.optim.AdamW(
-            self.parameters, config.lr, weight_decay=config.weight_decay, fused=True
+            network.parameters(), config.lr, weight_decay=config.weight_decay, fused=True
         )
 
     def step(self, x: Tensor, y: Tensor, share: float = 1.0) -> tuple[float, int]:
@@ -58,7 +57,7 @@ class Trainer:
         Raises:
             FloatingPointError: a solve or the loss is not finite; the weights are as before.
         """
-        for parameter in self.parameters:
+        for parameter in self.optimizer.param_groups[0]["params"]:
             parameter.grad = None  # zero_grad takes 2 % of a step of the linear network
         logits = self.model(x)  # (B, classes)
         self._check("forward")
