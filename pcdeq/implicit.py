@@ -112,6 +112,11 @@ class Equilibrium(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """z* for an injected x ≥ 0 of shape (B, …); same shape, in the parameters' dtype."""
+        if torch.compiler.is_compiling():  # it would unroll the loops, anew for every residual
+            return torch.compiler.disable(self._solved)(x)
+        return self._solved(x)
+
+    def _solved(self, x: Tensor) -> Tensor:
         weight = self.f.W.weight()  # W, once for the whole solve
         with torch.no_grad(), _no_autocast(x):
             z = self._solve_forward(x, weight)

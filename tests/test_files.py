@@ -43,6 +43,18 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         write_whole(tmp_path / "gone" / "last.pth", b"new")
 
 
+def test_what_is_obsolete_goes_only_when_the_new_file_is_on_the_disk(tmp_path):
+    path, old = tmp_path / "last.pth", tmp_path / "config.json"
+    old.write_bytes(b"old")
+    os.symlink("/dev/full", tmp_path / ".last.pth.tmp")
+    with pytest.raises(RunError, match="No space left"):
+        write_whole(path, b"new", obsolete=old)
+    assert os.listdir(tmp_path) == ["config.json"]
+    for _ in range(2):  # it may be gone already
+        write_whole(path, b"new", obsolete=old)
+        assert os.listdir(tmp_path) == ["last.pth"]
+
+
 def test_a_lock_lasts_as_long_as_the_file_is_open(tmp_path):
     pytest.importorskip("fcntl")
     first, second = (os.open(tmp_path, os.O_RDONLY) for _ in range(2))

@@ -210,7 +210,10 @@ def test_only_what_is_missing_is_asked_for(genuine):
         load("svhn", root=root)
 
 
-@pytest.mark.parametrize("stop", [URLError("gone"), KeyboardInterrupt(), TimeoutError("slow")])
+STOPS = [URLError("gone"), KeyboardInterrupt(), TimeoutError("slow"), ConnectionResetError()]
+
+
+@pytest.mark.parametrize("stop", STOPS)
 def test_half_a_download_is_not_left_behind(tmp_path, stop):
     half, whole = tmp_path / "half", tmp_path / "whole"
 

@@ -321,11 +321,18 @@ def test_flatten_keeps_its_gradient_in_channels_last():
 def test_a_compiled_network_is_the_same():
     torch.manual_seed(0)
     network = build_network("single_conv_pcdeq_1", "tanh")
-    images = torch.rand(2, 1, 28, 28).contiguous(memory_format=torch.channels_last)
-    results = []
-    for model in (network, torch.compile(network, backend="aot_eager")):
+    batches = torch.rand(3, 2, 1, 28, 28)
+    results, graphs = [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    for model in (network, torch.compile(network, backend=backend)):
         network.zero_grad()
-        model(images).square().sum().backward()
+        for images in batches:
+            model(images.contiguous(memory_format=torch.channels_last)).square().sum().backward()
         results.append([p.grad.clone() for p in network.parameters()])
+    assert 0 < len(graphs) <= 3  # before, beside and behind the block; none of a solve
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)

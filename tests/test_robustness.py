@@ -261,6 +261,10 @@ def test_what_it_does_not_know_it_refuses():
     for model in (nn.Sequential(Negated(4, 4), *plain), Skipping(nn.Linear(4, 4), *plain)):
         with pytest.raises(TypeError, match="has a forward of its own"):
             robust(model, x, x, torch.tensor([0, 1]))
+    replaced = nn.Sequential(nn.Linear(4, 4), *plain)
+    replaced[0].forward = lambda h: -h
+    with pytest.raises(TypeError, match="has a forward of its own"):
+        robust(replaced, x, x, torch.tensor([0, 1]))
     plain[0].register_forward_hook(lambda *io: -io[2])
     with pytest.raises(TypeError, match="Linear with a forward hook"):
         robust(plain, x, x, torch.tensor([0, 1]))

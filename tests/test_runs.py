@@ -14,7 +14,7 @@ from pcdeq import build_network
 from pcdeq.experiments import runs
 from pcdeq.experiments.config import FLAGS, RunConfig
 from pcdeq.experiments.errors import RunError
-from pcdeq.experiments.files import write_whole
+from pcdeq.experiments.files import lock, write_whole
 from pcdeq.experiments.runs import Run, check_folder
 from pcdeq.experiments.training import train
 from pcdeq.weights import CheckpointError, describe
@@ -123,6 +123,34 @@ def test_a_folder_that_stays_empty_goes(tmp_path):
     assert not run.folder.exists()
 
 
+def test_who_is_refused_leaves_the_empty_folder_of_the_run_that_holds_it(tmp_path):
+    pytest.importorskip("fcntl")
+    run = Run(config_of(tmp_path / "run"))
+    with run.held():
+        for _ in range(2):
+            with pytest.raises(RunError, match="another process"), run.held():
+                pass
+            assert run.folder.is_dir()
+
+
+def test_the_lock_is_of_the_folder_that_is_there(tmp_path, monkeypatch):
+    """Between opening and locking it, the run that held the folder may end and remove it."""
+    pytest.importorskip("fcntl")
+    run, locked = Run(config_of(tmp_path / "run")), []
+
+    def lock_late(handle):
+        if not locked:
+            run.folder.rmdir()
+        locked.append(handle)
+        return lock(handle)
+
+    monkeypatch.setattr(runs, "lock", lock_late)
+    with run.held():
+        assert len(locked) == 2
+        with pytest.raises(RunError, match="another process"), run.held():
+            pass
+
+
 def test_the_first_process_speaks_for_all(finished, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     check_folder(finished)
@@ -169,11 +197,15 @@ def test_a_folder_that_cannot_be_written_is_refused_and_nothing_is_made(tmp_path
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"net": "linear_pcdeq_1"}', "\x00\xff"])
-def test_a_damaged_config_is_named(finished, content):
-    path = finished.folder / runs.CONFIG
+def test_a_damaged_config_is_named_and_a_run_goes_on_without_it(finished, content):
+    path, resumed = finished.folder / runs.CONFIG, replace(finished, resume=True)
     path.write_text(content or path.read_text().replace('"epochs": 3', '"epochs": "3"'))
-    with pytest.raises(RunError, match=r"config\.json"):
-        check_folder(replace(finished, resume=True))
+    with pytest.raises(RunError, match=r"config\.json .*with that file removed"):
+        check_folder(resumed)
+    path.unlink()
+    check_folder(resumed)
+    Run(resumed).begin(HERE)
+    assert Run(resumed).load() is not None and runs.read_config(finished.folder)["lr"] == 5e-4
 
 
 # What is written
@@ -191,6 +223,12 @@ def test_config_says_all_flags_and_where_a_run_has_been(finished):
     config = json.loads(path.read_text())
     assert (config["epochs"], config["processor"]) == (9, "slide rule")
     assert config["earlier"] == [{"processor": "abacus", "threads": 1}]
+
+
+def test_where_no_epoch_was_completed_no_run_has_been(tmp_path):
+    Run(config_of(tmp_path, lr=1.0)).begin({**HERE, "processor": "slide rule"})
+    Run(config_of(tmp_path)).begin(HERE)
+    assert runs.read_config(tmp_path)["earlier"] == []
 
 
 def test_best_is_the_first_of_the_highest(tmp_path):
@@ -228,7 +266,7 @@ def test_overwriting_loses_nothing_where_the_first_epoch_cannot_be_written(finis
     run = Run(replace(finished, overwrite=True, lr=0.25))
     run.begin(HERE)
 
-    def full(path, data):
+    def full(path, data, **_):
         raise RunError("no space")
 
     monkeypatch.setattr(runs, "write_whole", full)
@@ -236,6 +274,24 @@ def test_overwriting_loses_nothing_where_the_first_epoch_cannot_be_written(finis
         run.save(checkpoint_of(run.config, [1.0]))
     assert {path.name: path.read_bytes() for path in finished.folder.iterdir()} == before
     assert "holds the run that was there" in run.kept(0)
+
+
+def test_overwriting_is_resumed_wherever_it_crashed(finished, monkeypatch):
+    """By the old run's command before the new one's first epoch is kept, by the new one's after."""
+    new = replace(finished, overwrite=True, lr=0.25)
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    for place, resumed in ((os, finished), (Run, new)):
+        run = Run(new)
+        run.begin(HERE)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(place, "replace" if place is os else "write_json", crash)
+            run.save(checkpoint_of(new, [1.0]))
+        resumed = replace(resumed, overwrite=False, resume=True)
+        check_folder(resumed)
+        assert Run(resumed).load()["training"]["flags"] == resumed.identity()
 
 
 def test_overwriting_nothing_is_a_run_like_any_other(tmp_path):
@@ -262,10 +318,10 @@ def test_a_crash_between_two_files_is_mended_by_the_next_start(
     run.save(checkpoint_of(config, accuracies[:1]))
     left = iter(range(written))
 
-    def dying(path, data):
+    def dying(path, data, **options):
         if next(left, None) is None:
             raise MemoryError("the plug is pulled")
-        write_whole(path, data)
+        write_whole(path, data, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(runs, "write_whole", dying)

@@ -34,6 +34,13 @@ def test_a_signal_is_noted_and_raised_where_asked(number):
     assert signal.set_wakeup_fd(-1) == -1
 
 
+def test_a_signal_behind_the_last_check_is_not_lost():
+    with pytest.raises(Interrupted, match="go on"), Signals() as signals:
+        signals.advice = "go on"
+        signals.check()
+        signal.raise_signal(signal.SIGTERM)
+
+
 def test_what_another_process_breaks_is_the_signal_that_it_heard_first():
     with pytest.raises(Interrupted, match=r"^$"), Signals():
         signal.raise_signal(signal.SIGTERM)

@@ -168,7 +168,7 @@ def run_figures(folders: Sequence[str | Path], directory: str | Path) -> list[Pa
     """Curves of runs against the epoch: accuracy and loss in one figure, iterations in another.
 
     Args:
-        folders: runs' folders, a colour each.
+        folders: runs' folders, a colour each; from the eighth on fainter ones.
         directory: where the figures go, as PNG and PDF.
 
     Returns:
@@ -220,7 +220,8 @@ def distinct(paths: Iterable[Path], name: Callable[[Path], str]) -> dict[str, Pa
 def _pair(axis: Axes, runs: dict, solid: str, dashed: str, label: str) -> None:
     """Two columns of each run's metrics: one solid, one dashed."""
     for number, (name, columns) in enumerate(runs.items()):
-        look = {"color": COLOURS[number % len(COLOURS)]}
+        turn, colour = divmod(number, len(COLOURS))
+        look = {"color": COLOURS[colour], "alpha": 1 / (1 + turn)}  # fainter, the second time
         hollow = {"markerfacecolor": "none"}
         look |= {"marker": "o", "markersize": 4} if len(columns["epoch"]) == 1 else {}
         axis.plot(columns["epoch"], columns[solid], label=name, **look)

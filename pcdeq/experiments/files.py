@@ -17,8 +17,13 @@ except ImportError:  # Windows: no locks
 from pcdeq.experiments.errors import RunError
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, *, obsolete: Path | None = None) -> None:
     """Writes a file so that it is there whole or not at all.
+
+    Args:
+        path: the file.
+        data: what it holds.
+        obsolete: a file that goes when the data is on the disk, just before it takes its name.
 
     Raises:
         RunError: the disk is full, the folder is gone, or whatever else the system says.
@@ -30,6 +35,8 @@ def write_whole(path: Path, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            if obsolete is not None:
+                obsolete.unlink(missing_ok=True)
             os.replace(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)

@@ -105,7 +105,7 @@ def genuine(source: Genuine) -> tuple[Labelled, Labelled]:
     except (RuntimeError, URLError, TimeoutError, ConnectionError, HTTPException) as error:
         wanted = [path for path in source.archives if not path.exists()] or missing
         names = ", ".join(path.name for path in wanted)
-        reason = str(error).strip().splitlines()[-1].strip("<>")
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip("<>")
         raise DataError(
             f"{source.title} is not in {wanted[0].parent} and cannot be downloaded ({reason}): "
             f"put {names} there (from {source.url}), name the folder that has it with "

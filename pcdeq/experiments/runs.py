@@ -68,7 +68,12 @@ def check_folder(config: RunConfig) -> None:
             f"{folder} holds a run but no {LAST} to go on from: --overwrite starts it anew"
         )
     if config.resume and (folder / CONFIG).exists():
-        old = read_config(folder)
+        try:
+            old = read_config(folder)
+        except RunError as error:
+            raise RunError(
+                f"{error}; with that file removed, --resume goes on from {LAST} alone"
+            ) from None
         different = differences(old, config.identity())
         if config.epochs < old.get("epochs", 0):
             fewer = f"-epochs {config.epochs} (was {old['epochs']}, and may only be raised)"
@@ -133,22 +138,16 @@ class Run:
             RunError: another process is at it, or the folder cannot be made.
         """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.folder, os.O_RDONLY) if os.name != "nt" else None
+            handle = _make_and_lock(self.folder)
         except OSError as error:
             raise RunError(f"{self.folder} cannot be written ({error.strerror})") from None
         try:
-            if handle is not None and not lock(handle):
-                raise RunError(
-                    f"another process is training in {self.folder}: wait for it, stop it, or name "
-                    "another folder with --out"
-                )
             yield
         finally:
+            with suppress(OSError):  # it holds something, as a rule
+                self.folder.rmdir()  # before another process may lock it
             if handle is not None:
                 os.close(handle)
-            with suppress(OSError):  # it holds something, as a rule
-                self.folder.rmdir()
 
     def begin(self, environment: dict[str, Any]) -> None:
         """Opens the folder and writes ``config.json``.
@@ -165,7 +164,7 @@ class Run:
             for name in (CONFIG, METRICS, BEST, LAST):  # what a kill in the middle of a write left
                 temporary(self.folder / name).unlink(missing_ok=True)
             old_run = any((self.folder / name).exists() for name in (LAST, BEST, METRICS))
-            if not self.config.overwrite and (self.folder / CONFIG).exists():
+            if old_run and not self.config.overwrite and (self.folder / CONFIG).exists():
                 old = read_config(self.folder)
                 here = {name: value for name, value in environment.items() if name != "command"}
                 then = {name: old.get(name) for name in here}
@@ -216,7 +215,9 @@ class Run:
         Args:
             checkpoint: the identity and weights of the network, and under "training" the ``STATE``.
         """
-        write_whole(self.folder / LAST, _serialised(checkpoint))
+        # No config.json of an old run beside the new one's weights, whenever a crash may come.
+        obsolete = None if self._waiting is None else self.folder / CONFIG
+        write_whole(self.folder / LAST, _serialised(checkpoint), obsolete=obsolete)
         if self._waiting is not None:  # the old run's other files follow
             self.write_json(CONFIG, self._waiting)
             self._waiting = None
@@ -242,6 +243,28 @@ class Run:
         if self._waiting is not None:
             return f"no epoch is done, {self.folder} holds the run that was there"
         return "no epoch is done"
+
+
+def _make_and_lock(folder: Path) -> int | None:
+    """A handle of the folder, made when absent, that keeps others out; None where folders have none.
+
+    Raises:
+        RunError: another process has it.
+    """
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.name == "nt":
+            return None
+        handle = os.open(folder, os.O_RDONLY)
+        if not lock(handle):
+            os.close(handle)
+            raise RunError(
+                f"another process is training in {folder}: wait for it, stop it, or name "
+                "another folder with --out"
+            )
+        if folder.exists() and os.path.samestat(os.fstat(handle), os.stat(folder)):
+            return handle
+        os.close(handle)  # the run that held it has ended meanwhile, and removed it
 
 
 def _is_state(state: Any) -> bool:

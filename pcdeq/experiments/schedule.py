@@ -63,7 +63,7 @@ def cores() -> int:
 def share(workers: int) -> int:
     """Threads for each of so many runs at a time: as ``OMP_NUM_THREADS`` says, or cores/workers."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdigit() and int(asked) else max(1, cores() // workers)
+    return int(asked) if asked.isdecimal() and int(asked) else max(1, cores() // workers)
 
 
 def run_all(

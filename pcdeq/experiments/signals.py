@@ -69,7 +69,9 @@ class Signals:
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self._wakeup)
             os.close(self._writer)
-        if isinstance(error, RuntimeError):  # another process heard it first, and is gone
+        # One that came behind the last check counts; a RuntimeError may say that another process
+        # heard it first, and is gone.
+        if error is None or isinstance(error, RuntimeError):
             self.check()
 
 

@@ -102,6 +102,8 @@ def train(config: RunConfig) -> RunResult:
                 if processes.first:
                     run.save(_checkpoint(trainer, test_set, result.rows))
                 say(_line(row, config))
+            if processes.first:
+                signals.advice = _advice(run, result)
         if config.certify and processes.first:
             _certify(run, trainer, test_set, say)
         say(str(result))
