@@ -333,6 +333,6 @@ def test_a_compiled_network_is_the_same():
         for images in batches:
             model(images.contiguous(memory_format=torch.channels_last)).square().sum().backward()
         results.append([p.grad.clone() for p in network.parameters()])
-    assert 0 < len(graphs) <= 3  # before, beside and behind the block; none of a solve
+    assert 0 < len(graphs) <= 4  # before, beside and behind the block; a solve takes dozens
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)

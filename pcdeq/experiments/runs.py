@@ -246,7 +246,7 @@ class Run:
 
 
 def _make_and_lock(folder: Path) -> int | None:
-    """A handle of the folder, made when absent, that keeps others out; None where folders have none.
+    """A handle of the folder, made when absent, that keeps others out; None on Windows.
 
     Raises:
         RunError: another process has it.
