@@ -4,6 +4,8 @@ A module for any network; the six of the paper are built of it. What keeps W ≥
 ``project``, by hand or as an optimizer's hook.
 """
 
+from numbers import Integral
+
 import torch
 from torch import Tensor, nn
 
@@ -66,10 +68,13 @@ class PcDEQLinear(PcDEQ):
         features: length of the last axis of input and output.
         activation: ``"tanh"``, ``"softsign"``, ``"relu6"`` (pcDEQ-1) or ``"sigmoid"`` (pcDEQ-2).
         options: ``solver``, ``precision``, ``tol``, ``max_iter`` of ``Equilibrium``.
+
+    Raises:
+        ValueError: an argument is none of those that there are.
     """
 
     def __init__(self, features: int, *, activation: str = "tanh", **options):
-        super().__init__(NonnegativeLinear(features), activation, **options)
+        super().__init__(NonnegativeLinear(_size(features, "features")), activation, **options)
 
     def forward(self, h: Tensor) -> Tensor:
         """z* of the shape of h; the axes before the last one are one batch to the stopping rule.
@@ -92,10 +97,13 @@ class PcDEQConv2d(PcDEQ):
         channels: of input and output.
         activation: as for ``PcDEQLinear``.
         options: ``solver``, ``precision``, ``tol``, ``max_iter`` of ``Equilibrium``.
+
+    Raises:
+        ValueError: an argument is none of those that there are.
     """
 
     def __init__(self, channels: int, *, activation: str = "tanh", **options):
-        super().__init__(NonnegativeConv2d(channels), activation, **options)
+        super().__init__(NonnegativeConv2d(_size(channels, "channels")), activation, **options)
 
     def forward(self, h: Tensor) -> Tensor:
         """z* of the shape of h, in channels_last.
@@ -107,6 +115,12 @@ class PcDEQConv2d(PcDEQ):
         if h.ndim != 4 or h.shape[1] != channels:
             raise ValueError(f"images must be of shape (B, {channels}, H, W), not {(*h.shape,)}")
         return super().forward(h.contiguous(memory_format=torch.channels_last))
+
+
+def _size(value: int, name: str) -> int:
+    if not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be a whole number from 1 on, not {value!r}")
+    return int(value)
 
 
 def project(model: nn.Module) -> None:

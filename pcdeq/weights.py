@@ -137,7 +137,10 @@ def load_network(
     state = content.get("model", content)
     classifier = state.get("classifier.weight")
     if classifier is None or classifier.ndim != 2:
-        raise CheckpointError(f"{path} holds no network of this collection: it has no classifier")
+        raise CheckpointError(
+            f"{path} holds no network of this collection: it has no classifier (into a network of "
+            "your own, load_state_dict loads it)"
+        )
     asked = dict(zip(IDENTITY, (network, activation, dataset, augment), strict=False))
     if "model" in content:
         identity = _identity(content, path)

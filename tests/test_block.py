@@ -20,7 +20,7 @@ from blocks import (
 )
 from torch import Tensor, nn
 
-from pcdeq.block import PcDEQ, project, register_projection
+from pcdeq.block import PcDEQ, PcDEQConv2d, PcDEQLinear, project, register_projection
 
 
 def training_step(block: PcDEQ, optimizer, h: Tensor, target: Tensor) -> float:
@@ -29,6 +29,13 @@ def training_step(block: PcDEQ, optimizer, h: Tensor, target: Tensor) -> float:
     loss.backward()
     optimizer.step()
     return loss.item()
+
+
+@pytest.mark.parametrize("layer", [PcDEQLinear, PcDEQConv2d])
+@pytest.mark.parametrize("size", [0, -1, 8.0, "8", None])
+def test_a_size_is_a_whole_number(layer, size):
+    with pytest.raises(ValueError, match=r"(features|channels) must be a whole number from 1 on"):
+        layer(size)
 
 
 @both

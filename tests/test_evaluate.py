@@ -242,6 +242,18 @@ def test_later_errors_are_one_sentence(argv, sentence, checkpoints, capsys, tmp_
     assert err.startswith("error: ") and sentence in err and err.count("\n") == 1
 
 
+def test_folders_without_names_in_the_checkpoint_are_said(checkpoints, capsys, tmp_path):
+    from PIL import Image
+
+    for part in ("train", "test"):
+        for name in "abcdefghij":
+            folder = tmp_path / part / name
+            folder.mkdir(parents=True)
+            Image.new("L", (28, 28)).save(folder / "0.png")
+    status, out, _ = run(capsys, checkpoints / "best.pth", "--image-folder", str(tmp_path))
+    assert status == 0 and "names no classes: the folder's are taken in the order of" in out
+
+
 def test_training_keeps_its_certificates(tmp_path, capsys, monkeypatch):
     load, tested = data.load, few(60)
 

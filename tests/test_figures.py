@@ -43,7 +43,8 @@ def lines(axis) -> dict[str, np.ndarray]:
 def test_result_figures_show_the_means_and_the_spread_over_seeds(tmp_path, drawn):
     for recipe, seeds in ((LINEAR, 3), (RECIPES["mnist_multi_conv_pcdeq_2_sigmoid"], 1)):
         for seed in range(seeds):
-            made_up_run(tmp_path / "run", recipe, seed)
+            options = {"solver": "anderson"} if seeds == 1 else {}
+            made_up_run(tmp_path / "run", recipe, seed, **options)
             collect(tmp_path / "run", tmp_path)
     for name, changes in {
         "svhn_multi_conv_pcdeq_1_tanh": {"image_folder": "x"},
@@ -58,7 +59,11 @@ def test_result_figures_show_the_means_and_the_spread_over_seeds(tmp_path, drawn
     ]  # fmt: skip
     assert all(path.stat().st_size > 1000 for path in paths)
     linear, multi = drawn[0].axes
-    assert (linear.get_title(), multi.get_title()) == ("MNIST, linear", "MNIST, multi conv")
+    titles = ["MNIST, linear", "MNIST, multi conv, --solver anderson"]
+    assert [linear.get_title(), multi.get_title()] == titles
+    assert list(lines(multi)) == ["sigmoid (n = 1)"]
+    lowest = min(result.test_acc[0] for result in results[:3])
+    assert [text.get_text() for text in linear.texts] == [f"below the axis: down to {lowest:.1f} %"]
     assert (linear.get_xlabel(), linear.get_ylabel()) == ("epoch", "test accuracy, %")
     mean = np.mean([result.test_acc for result in results[:3]], axis=0)
     assert np.allclose(lines(linear)["tanh (n = 3)"], mean)
@@ -81,7 +86,9 @@ def test_run_figures_show_the_metrics(tmp_path, drawn, capsys):
     assert list(lines(accuracy)["a"]) == [row["test_acc"] for row in read_metrics(tmp_path / "a")]
     assert loss.get_yscale() == "log" and (loss.get_lines()[1].get_ydata() == 0.1).all()
     assert drawn[1].axes[0].get_lines()[1].get_ydata()[-1] == 9.0
-    with pytest.raises(RunError, match="no run with a complete epoch"):
+    with pytest.raises(RunError, match=r"complete epoch \(runs are in it: .*/\*\)"):
+        run_figures([tmp_path], tmp_path / "figures")
+    with pytest.raises(RunError, match=r"no run with a complete epoch$"):
         run_figures([tmp_path / "nowhere"], tmp_path / "figures")
     run_figures([tmp_path / "nowhere", tmp_path / "a"], tmp_path / "figures")
     assert "nowhere is no run with a complete epoch" in capsys.readouterr().out
@@ -102,6 +109,7 @@ def test_the_certified_rate_is_a_line_of_that_slope_above_the_tail(tmp_path, dra
     assert forward.get_yscale() == width.get_yscale() == "log"
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to set identical")  # a tolerance, and nothing else
 def test_a_block_without_a_rate_below_one_has_no_such_line(tmp_path, drawn):
     residuals = [1 / k for k in range(1, 61)]
     convergence_figure(

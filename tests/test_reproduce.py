@@ -104,11 +104,13 @@ def test_what_is_held_with_other_options_is_named(tmp_path, capsys):
 def test_runs_from_elsewhere_are_taken_in_with_their_weights(tmp_path, capsys):
     made_up_run(tmp_path / "there/a", LINEAR)
     made_up_run(tmp_path / "there/b", LINEAR, device_name="Abacus")
-    made_up_run(tmp_path / "there/c", LINEAR, seed=1)
+    made_up_run(tmp_path / "there/c", LINEAR, seed=1, ran=7)
     mine = tmp_path / "mine"
     with pytest.raises(RunError, match="1 of 3 runs were not taken in"):
         main(ROOT, ["--collect", str(tmp_path / "there"), "--results", str(mine)])
-    assert "another run of this row and seed" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "another run of this row and seed" in said.err
+    assert "% after 7 of 40 epochs" in said.out and said.out.count("after") == 1
     assert [result.seed for result in read_results(mine)] == [0, 1]
     assert [path.name for path in (mine / "weights").glob("*.pth")] == [f"{LINEAR.name}.pth"]
 

@@ -75,7 +75,9 @@ def test_without_results_every_row_is_not_run_and_has_its_parameters():
     assert len(cells) == 32
     assert cells[0] == ["MNIST", "linear pcDEQ-1", "tanh", "70,410", "not run", "", "", ""]
     assert cells[-1][:4] == ["CIFAR-10 --aug", "multi conv pcDEQ-2", "sigmoid", "661,470"]
-    assert "details" not in render(ROWS, [])
+    for title in ("MNIST", "SVHN", "CIFAR-10"):
+        assert f"<details><summary>{title}: no row was run whole yet" in render(ROWS, [])
+    assert render(ROWS, []).count("<details>") == render(ROWS, []).count("</details>") == 3
 
 
 def test_a_line_has_means_over_seeds_and_the_command(tmp_path):
@@ -87,7 +89,7 @@ def test_a_line_has_means_over_seeds_and_the_command(tmp_path):
     assert cells[6:] == ["12.0 / 9.0", "1.3 min A"]
     assert "A: Slide rule, 1 thread, torch" in text
     assert "python train_mnist.py -net linear_pcdeq_1 -activ tanh --seed S  # S = 0, 1, 2" in text
-    assert "†" not in text and "‡" not in text
+    assert "†" not in text and "‡" not in text and "no row was run" not in text
 
 
 def test_what_is_not_genuine_or_was_cut_short_is_marked_and_averaged_apart(tmp_path):
@@ -140,8 +142,8 @@ def test_parameters():
 def test_text_goes_between_the_markers_and_nowhere_else(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
-    for _ in range(2):
-        write_between(readme, "new ±\n")
+    for changed in (True, False):
+        assert write_between(readme, "new ±\n") == changed
         assert readme.read_text(encoding="utf-8") == f"before\n{BEGIN}\nnew ±\n{END}\nafter\n"
     for damaged in (f"{END}\n{BEGIN}", BEGIN, "nothing"):
         readme.write_text(damaged)

@@ -36,8 +36,8 @@ from pcdeq.networks import NETWORKS, check_network
 from pcdeq.weights import CheckpointError
 
 EXAMPLES = """\
-  python {prog} -net {first} -activ tanh --sample -epochs 10
-  python {prog} -net {last} --precision mixed --resume
+  python {prog} -net {first} --sample -epochs 10 -m 8
+  python {prog} -net {last} --solver anderson --resume
 """
 
 

@@ -21,6 +21,7 @@ from pcdeq.certificates import History
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.recipes import ROWS
 from pcdeq.experiments.results import Result, read_metrics
+from pcdeq.experiments.runs import METRICS
 from pcdeq.experiments.tables import TITLES, Line, changed_options, lines_of, network_title
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def result_figures(results: Iterable[Result], directory: str | Path) -> list[Pat
                 axes = figure.subplots(1, len(panels), squeeze=False)[0]
                 for axis, (title, panel) in zip(axes, panels, strict=True):
                     draw(axis, panel)
-                    axis.set(title=title, xlabel="epoch")
+                    axis.set(title=", ".join([title, *_shared(panel)]), xlabel="epoch")
                     labels = axis.get_legend_handles_labels()[1]
                     columns = 2 if max(map(len, labels)) < 20 else 1
                     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns)
@@ -116,11 +117,15 @@ def _accuracy(axis: Axes, lines: list[Line]) -> None:
     everything = []
     for line in lines:
         each = np.array([result.test_acc for result in line.results])  # (seeds, epochs)
-        _band(axis, each, label=_label(line), **_look(line, lines))
+        _band(axis, each, label=_label(line, lines), **_look(line, lines))
         everything.append(each.ravel())
     values = np.concatenate(everything)
     low, high = np.quantile(values, 0.03), values.max()  # the first epochs may start far below
-    axis.set(ylabel="test accuracy, %", ylim=(low - 0.05 * (high - low), None))
+    bottom = low - 0.05 * (high - low)
+    axis.set(ylabel="test accuracy, %", ylim=(bottom, None))
+    if values.min() < bottom:
+        words = f"below the axis: down to {values.min():.1f} %"
+        axis.text(0.98, 0.02, words, transform=axis.transAxes, ha="right", size=6, color="grey")
 
 
 def _iterations(axis: Axes, lines: list[Line]) -> None:
@@ -130,7 +135,7 @@ def _iterations(axis: Axes, lines: list[Line]) -> None:
             for name in ("forward_iters", "backward_iters")
         )
         look = _look(line, lines)
-        _band(axis, forward, label=_label(line), **look | {"linestyle": "-"})
+        _band(axis, forward, label=_label(line, lines), **look | {"linestyle": "-"})
         _band(axis, backward, **look | {"linestyle": DASHES[2]})
     axis.plot([], [], color="grey", label="forward")
     axis.plot([], [], color="grey", linestyle=DASHES[2], label="backward")
@@ -158,10 +163,17 @@ def _look(line: Line, lines: list[Line]) -> dict[str, object]:
     }
 
 
-def _label(line: Line) -> str:
-    first = line.results[0]
-    words = [line.recipe.activation, *changed_options(first)] + ["†"] * (not first.genuine)
+def _label(line: Line, lines: list[Line]) -> str:
+    first, shared = line.results[0], _shared(lines)
+    own = [option for option in changed_options(first) if option not in shared]
+    words = [line.recipe.activation, *own] + ["†"] * (not first.genuine)
     return f"{' '.join(words)} (n = {len(line.results)})"
+
+
+def _shared(lines: list[Line]) -> list[str]:
+    """The options that all lines of a panel have: said once, above it."""
+    first, *rest = (changed_options(line.results[0]) for line in lines)
+    return [option for option in first if all(option in options for options in rest)]
 
 
 def run_figures(folders: Sequence[str | Path], directory: str | Path) -> list[Path]:
@@ -182,7 +194,8 @@ def run_figures(folders: Sequence[str | Path], directory: str | Path) -> list[Pa
         if rows := read_metrics(folder):
             runs[name] = {key: [row[key] for row in rows] for key in rows[0]}
         else:
-            empty.append(f"{folder} is no run with a complete epoch")
+            inside = f" (runs are in it: {folder}/*)" if any(folder.glob(f"*/{METRICS}")) else ""
+            empty.append(f"{folder} is no run with a complete epoch{inside}")
     if not runs:
         raise RunError("; ".join(empty))
     for sentence in empty:
@@ -282,7 +295,9 @@ def _slope(axis: Axes, residuals: Sequence[float], rate: float, colour: str) -> 
         return
     height = max(math.log(value) - k * math.log(rate) for k, value in shown)
     line = [math.exp(height + k * math.log(rate)) for k, _ in shown]
-    axis.semilogy([k for k, _ in shown], line, color=colour, linestyle=DASHES[2], linewidth=0.8)
+    axis.semilogy(
+        [k for k, _ in shown], line, color=colour, linestyle=DASHES[2], linewidth=0.8, zorder=3
+    )
 
 
 def robustness_figure(rows: Sequence[dict], path: Path) -> Path:
@@ -309,7 +324,7 @@ def robustness_figure(rows: Sequence[dict], path: Path) -> Path:
             xlabel="radius of the box (sup norm, pixels in [0, 1])",
             ylabel=f"accuracy, % of {rows[0]['images']:,} images",
             xlim=(0, None),
-            ylim=(0, 100),
+            ylim=(0, 101),  # a line at 100 shows
         )
         axis.legend(loc="lower left")
     return Path(f"{path}.png")

@@ -63,6 +63,8 @@ def _report(model: Network, images: data.ImageSet, flags: argparse.Namespace) ->
     )
     if warning := machine.precision_warning(flags.precision, torch.device(flags.device)):
         print(warning)
+    if flags.image_folder and not model.class_names:
+        print("the checkpoint names no classes: the folder's are taken in the order of their names")
     certifying.warn_of_negative_weights(model)
     origin = " (the sample: from MNIST's training set)" * flags.sample
     test = evaluate(model, images, flags.batch_size)

@@ -203,7 +203,8 @@ def _take_in(folder: Path, results: Path, home: Path) -> None:
     """Collects a run, and publishes its weights where it is one to publish."""
     result = collect(folder, results)
     publish(folder, result, home / "weights")
-    print(f"{results / result.name}.json: {result.test_acc[-1]:.2f} %")
+    short = "" if result.whole else f" after {result.epochs_run} of {result.epochs} epochs"
+    print(f"{results / result.name}.json: {result.test_acc[-1]:.2f} %{short}")
 
 
 def _collect(runs: list[Path], results: Path, home: Path) -> None:
@@ -249,4 +250,5 @@ def _table(recipes: list[Recipe], results: Path, root: Path, own: bool) -> None:
     text = render(recipes, _held(results), beside)
     print(text)
     if own and len(recipes) == len(ROWS):
-        write_between(root / "README.md", text)
+        changed = write_between(root / "README.md", text)
+        print(f"README.md {'has them now' if changed else 'has them already'}", file=sys.stderr)

@@ -140,7 +140,8 @@ def lines_of(recipes: Iterable[Recipe], results: list[Result]) -> list[Line]:
 
 
 def _table(lines: list[Line], references: Sequence[Reference]) -> str:
-    """The lines of one data set as a table, its legend and its commands."""
+    """The lines of one data set as a table, its legend and its commands; folded where none is
+    whole."""
     names = {line.recipe.name for line in lines}
     references = [reference for reference in references if names & reference.last.keys()]
     measured = [result for line in lines for result in line.results]
@@ -156,7 +157,11 @@ def _table(lines: list[Line], references: Sequence[Reference]) -> str:
     legend += [FOREIGN] * any(not result.genuine for result in measured)
     legend += [SHORT] * any(not result.whole for result in measured)
     legend += [f"{reference.name}: {reference.source}" for reference in references]
-    return text + "".join(f"\n{entry}  " for entry in legend) + "\n" + _commands(lines)
+    text += "".join(f"\n{entry}  " for entry in legend) + "\n" + _commands(lines)
+    if any(line.results and not line.marked for line in lines):
+        return text
+    title = TITLES[lines[0].recipe.dataset]
+    return f"<details><summary>{title}: no row was run whole yet</summary>\n\n{text}\n</details>\n"
 
 
 def _cells(line: Line, machines: list[str]) -> list[str]:
@@ -250,15 +255,22 @@ def duration(seconds: float) -> str:
     return f"{minutes / 60:.1f} h"
 
 
-def write_between(path: str | Path, text: str) -> None:
+def write_between(path: str | Path, text: str) -> bool:
     """Puts text between the two markers of a Markdown file, and leaves the rest as it is.
+
+    Returns:
+        Whether the file is another one now.
 
     Raises:
         RunError: the file does not have the two markers, each once and in order.
     """
     path = Path(path)
-    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    old = path.read_text(encoding="utf-8")
+    before, begin, rest = old.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise RunError(f"{path} lacks the markers between which the tables stand: {BEGIN} … {END}")
-    write_whole(path, f"{before}{begin}\n{text}{end}{after}".encode())
+    new = f"{before}{begin}\n{text}{end}{after}"
+    if new != old:
+        write_whole(path, new.encode())
+    return new != old

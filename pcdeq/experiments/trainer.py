@@ -80,7 +80,9 @@ class Trainer:
             if isinstance(block, PcDEQ):
                 solve = getattr(block.deq, f"{direction}_solve")
                 if not math.isfinite(solve.residual):
-                    raise FloatingPointError(f"the {direction} solve of {name} is not finite")
+                    raise FloatingPointError(
+                        f"the {direction} solve of {name} is not finite: a smaller -lr may help"
+                    )
 
     def epoch(self, epoch: int, after_step: Callable[[], None] = lambda: None) -> dict[str, float]:
         """One pass over the shuffled training set.

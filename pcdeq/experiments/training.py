@@ -88,6 +88,8 @@ def train(config: RunConfig) -> RunResult:
             say(warning)
         if checkpoint and not (run.folder / BEST).exists():
             say(f"{BEST} is gone: the first epoch that is better than all before writes it again")
+        if config.milestone >= config.epochs:
+            say(f"the learning rate never falls: -m {config.milestone} lies behind the last epoch")
         if len(result.rows) < config.epochs:
             say(HEADER)
         with Signals() as signals:
