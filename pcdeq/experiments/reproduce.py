@@ -15,14 +15,7 @@ from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.flags import add_help, add_solver, count, device, folder, program
 from pcdeq.experiments.publish import publish
 from pcdeq.experiments.recipes import ROWS, Recipe
-from pcdeq.experiments.results import (
-    OPTIONS,
-    Result,
-    collect,
-    find_runs,
-    read_results,
-    train_command,
-)
+from pcdeq.experiments.results import Result, collect, find_runs, read_results, train_command
 from pcdeq.experiments.schedule import Job, run_all, share
 from pcdeq.experiments.tables import (
     TITLES,
@@ -33,8 +26,9 @@ from pcdeq.experiments.tables import (
     render,
     write_between,
 )
+from pcdeq.implicit import OPTIONS
 
-PASSED_ON = ("data_root", "device", "solver", "precision", "tol", "max_iter")
+PASSED_ON = ("data_root", "device", *OPTIONS)
 EXAMPLES = """\
   python reproduce.py mnist --rows 'linear*' --jobs 2
   python reproduce.py all --seeds 1 --list | head -1 | sh
