@@ -70,7 +70,8 @@ class PcDEQLinear(PcDEQ):
         options: ``solver``, ``precision``, ``tol``, ``max_iter`` of ``Equilibrium``.
 
     Raises:
-        ValueError: an argument is none of those that there are.
+        ValueError: there is no such size, activation, or value of an option.
+        TypeError: there is no such option.
     """
 
     def __init__(self, features: int, *, activation: str = "tanh", **options):
@@ -99,7 +100,8 @@ class PcDEQConv2d(PcDEQ):
         options: ``solver``, ``precision``, ``tol``, ``max_iter`` of ``Equilibrium``.
 
     Raises:
-        ValueError: an argument is none of those that there are.
+        ValueError: there is no such size, activation, or value of an option.
+        TypeError: there is no such option.
     """
 
     def __init__(self, channels: int, *, activation: str = "tanh", **options):

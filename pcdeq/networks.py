@@ -217,7 +217,9 @@ def build_network(
         solver_options: ``solver``, ``precision``, ``tol``, ``max_iter`` of ``Equilibrium``.
 
     Raises:
-        ValueError: there is no such network, or solver option; the sentence says which there are.
+        ValueError: there is no such network, or value of an option; the sentence says which there
+            are.
+        TypeError: there is no such option.
     """
     check_network(name, activation, dataset, augment, classes)
     return NETWORKS[name](activation, dataset, augment, classes, **solver_options)

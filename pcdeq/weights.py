@@ -131,7 +131,8 @@ def load_network(
 
     Raises:
         CheckpointError: unreadable, contradicting the arguments, or needing them.
-        ValueError: a solver option is none of those that there are.
+        ValueError: there is no such value of an option.
+        TypeError: there is no such option.
     """
     content = read_checkpoint(path)
     state = content.get("model", content)
