@@ -16,3 +16,19 @@ os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that a test saves, each once, in order."""
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+
+    def keep(figure, path):
+        if figure not in figures:
+            figures.append(figure)
+        save(figure, path, dpi=40)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures

@@ -221,7 +221,7 @@ def _held(results: Path) -> list[Result]:
 
 def _figures(recipes: list[Recipe], results: Path) -> None:
     """Draws the rows that were run whole."""
-    from pcdeq.experiments.figures import result_figures  # late: matplotlib is optional
+    from pcdeq.experiments.curves import result_figures  # late: matplotlib is optional
 
     rows = {recipe.name for recipe in recipes}
     mine = [result for result in _held(results) if result.row in rows]
