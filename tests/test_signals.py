@@ -7,7 +7,7 @@ import threading
 import pytest
 from processes import start
 
-from pcdeq.experiments.signals import NUMBERS, Interrupted, Signals
+from pcdeq.experiments.signals import NUMBERS, Interrupted, Leaving, Signals
 
 ONE_LONG_OPERATION = """
 import hashlib
@@ -39,6 +39,21 @@ def test_a_signal_behind_the_last_check_is_not_lost():
         signals.advice = "go on"
         signals.check()
         signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_signal_that_got_lost_while_libraries_were_loaded_ends_the_run(number):
+    before = signal.signal(number, Leaving())
+    try:
+        try:
+            signal.raise_signal(number)
+        except BaseException as error:  # as a library's bare except
+            assert isinstance(error, KeyboardInterrupt if number == 2 else SystemExit)
+        with pytest.raises(Interrupted) as stop, Signals() as signals:
+            signals.check()
+        assert stop.value.status == 128 + number
+    finally:
+        signal.signal(number, before)
 
 
 def test_what_another_process_breaks_is_the_signal_that_it_heard_first():

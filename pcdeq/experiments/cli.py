@@ -31,7 +31,7 @@ from pcdeq.experiments.flags import (
 )
 from pcdeq.experiments.recipes import DEFAULTS, ROWS, default_activation
 from pcdeq.experiments.runs import check_folder
-from pcdeq.experiments.signals import Interrupted
+from pcdeq.experiments.signals import NUMBERS, Interrupted, Leaving
 from pcdeq.networks import NETWORKS, check_network
 from pcdeq.weights import CheckpointError
 
@@ -96,7 +96,7 @@ def guarded(function: Callable[[], object]) -> int:
     for stream in (sys.stdout, sys.stderr):  # a path may hold what the terminal cannot show
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")
-    with _sigterm_exits():
+    with _signals_end():
         status, sentence = _outcome(function)
     if sentence:
         with contextlib.suppress(OSError):
@@ -110,16 +110,20 @@ def guarded(function: Callable[[], object]) -> int:
 
 
 @contextlib.contextmanager
-def _sigterm_exits() -> Iterator[None]:
-    """SIGTERM while imports or data are loaded exits as it does later, in the training loop."""
+def _signals_end() -> Iterator[None]:
+    """Signals while imports or data are loaded end the process as later, in the training loop."""
     if threading.current_thread() is not threading.main_thread():  # Python takes no signals there
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    before = {number: signal.getsignal(number) for number in NUMBERS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as in a shell's background
+            signal.signal(number, Leaving())
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _outcome(function: Callable[[], object]) -> tuple[int, str]:

@@ -109,7 +109,7 @@ def genuine(source: Genuine) -> tuple[Labelled, Labelled]:
         raise DataError(
             f"{source.title} is not in {wanted[0].parent} and cannot be downloaded ({reason}): "
             f"put {names} there (from {source.url}), name the folder that has it with "
-            "--data-root, or try a training script's --sample (MNIST digits, no download)"
+            "--data-root, or give --sample where a script has it (MNIST digits, no download)"
         ) from error
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 
@@ -25,6 +26,25 @@ class Interrupted(Exception):
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
         self.status = 128 + number
+
+
+class Leaving:
+    """A signal's handler while imports or data are loaded: leaves at once, and remembers it.
+
+    What a handler raises gets lost where it meets a destructor or a bare ``except``, of which big
+    libraries have some: ``Signals`` ends the run then.
+
+    Attributes:
+        number: of the last signal, 0 before.
+    """
+
+    number = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + number)
 
 
 class Signals:
@@ -47,6 +67,9 @@ class Signals:
             self._wakeup = signal.set_wakeup_fd(self._writer)
             threading.Thread(target=_end_at_the_second, args=(reader,), daemon=True).start()
             self._handlers = [signal.signal(number, self._note) for number in NUMBERS]
+            for before in self._handlers:
+                if isinstance(before, Leaving) and before.number:
+                    self.number = before.number
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
