@@ -4,13 +4,11 @@ A module for any network; the six of the paper are built of it. What keeps W ≥
 ``project``, by hand or as an optimizer's hook.
 """
 
-from numbers import Integral
-
 import torch
 from torch import Tensor, nn
 
 from pcdeq.activations import Activation, get_activation
-from pcdeq.implicit import OPTIONS, Equilibrium
+from pcdeq.implicit import OPTIONS, Equilibrium, check_count
 from pcdeq.injections import INJECTIONS
 from pcdeq.layers import ConcaveLayer, Nonnegative, NonnegativeConv2d, NonnegativeLinear
 
@@ -75,7 +73,8 @@ class PcDEQLinear(PcDEQ):
     """
 
     def __init__(self, features: int, *, activation: str = "tanh", **options):
-        super().__init__(NonnegativeLinear(_size(features, "features")), activation, **options)
+        check_count("features", features)
+        super().__init__(NonnegativeLinear(features), activation, **options)
 
     def forward(self, h: Tensor) -> Tensor:
         """z* of the shape of h; the axes before the last one are one batch to the stopping rule.
@@ -105,7 +104,8 @@ class PcDEQConv2d(PcDEQ):
     """
 
     def __init__(self, channels: int, *, activation: str = "tanh", **options):
-        super().__init__(NonnegativeConv2d(_size(channels, "channels")), activation, **options)
+        check_count("channels", channels)
+        super().__init__(NonnegativeConv2d(channels), activation, **options)
 
     def forward(self, h: Tensor) -> Tensor:
         """z* of the shape of h, in channels_last.
@@ -117,12 +117,6 @@ class PcDEQConv2d(PcDEQ):
         if h.ndim != 4 or h.shape[1] != channels:
             raise ValueError(f"images must be of shape (B, {channels}, H, W), not {(*h.shape,)}")
         return super().forward(h.contiguous(memory_format=torch.channels_last))
-
-
-def _size(value: int, name: str) -> int:
-    if not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} must be a whole number from 1 on, not {value!r}")
-    return int(value)
 
 
 def project(model: nn.Module) -> None:

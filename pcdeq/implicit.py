@@ -64,8 +64,7 @@ class Equilibrium(nn.Module):
         # At 1 the first evaluation, whatever it is, would be the last.
         if not isinstance(tol, Real) or not 0 < tol < 1:
             raise ValueError(f"tol must be a number between 0 and 1, not {tol!r}")
-        if not isinstance(max_iter, Integral) or max_iter < 1:
-            raise ValueError(f"max_iter must be a whole number from 1 on, not {max_iter!r}")
+        check_count("max_iter", max_iter)
         self.f = f
         self.solver = solver
         self.precision = precision
@@ -172,6 +171,12 @@ class Equilibrium(nn.Module):
             start = None if start is None else start.to(LOW)
             solve = solver(iteration(LOW).f, start, **rule)._replace(full=0)
         return solve.z.to(dtype), solve._replace(z=None)
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuses, with a ValueError, what is no whole number from 1 on."""
+    if not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be a whole number from 1 on, not {value!r}")
 
 
 class _AtEquilibrium(torch.autograd.Function):

@@ -3,8 +3,8 @@
 In channels_last torch vectorises over the channels of a pixel. Where they do not fill its vectors
 (12, 20, 50 and 82 channels of the conv networks) its kernels take scalar steps, which with AVX-512
 cost a tenth of a training step. The same arithmetic, written as passes over rows of many pixels at
-once, is several times as fast there. With the shorter vectors of AVX2 it is up to 6 % of a step
-faster with two threads, and makes no difference that could be measured with one.
+once, is several times as fast there. With the shorter vectors of AVX2 a step of the multi conv
+networks is 0 to 15 % faster with two threads, and with one no faster that could be measured.
 
 y = w·(h − m)/√(v + ε) + b with mean m and variance v of each channel over batch and pixels
 (Ioffe and Szegedy, 2015).

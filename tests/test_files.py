@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from pcdeq.experiments import files
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.files import lock, write_whole
 
@@ -62,3 +63,22 @@ def test_a_lock_lasts_as_long_as_the_file_is_open(tmp_path):
     os.close(first)
     assert lock(second)
     os.close(second)
+
+
+def test_the_lock_is_of_the_folder_that_is_there(tmp_path, monkeypatch):
+    """Between opening and locking it, whoever held the folder may end and remove it."""
+    pytest.importorskip("fcntl")
+    folder, locked = tmp_path / "run", []
+
+    def lock_late(handle):
+        if not locked:
+            folder.rmdir()
+        locked.append(handle)
+        return lock(handle)
+
+    monkeypatch.setattr(files, "lock", lock_late)
+    handle = files.make_and_lock(folder)
+    assert len(locked) == 2
+    with pytest.raises(BlockingIOError):
+        files.make_and_lock(folder)
+    os.close(handle)

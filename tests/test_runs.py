@@ -14,7 +14,7 @@ from pcdeq import build_network
 from pcdeq.experiments import runs
 from pcdeq.experiments.config import FLAGS, RunConfig
 from pcdeq.experiments.errors import RunError
-from pcdeq.experiments.files import lock, write_whole
+from pcdeq.experiments.files import write_whole
 from pcdeq.experiments.runs import Run, check_folder
 from pcdeq.experiments.training import train
 from pcdeq.weights import CheckpointError, describe
@@ -131,24 +131,6 @@ def test_who_is_refused_leaves_the_empty_folder_of_the_run_that_holds_it(tmp_pat
             with pytest.raises(RunError, match="another process"), run.held():
                 pass
             assert run.folder.is_dir()
-
-
-def test_the_lock_is_of_the_folder_that_is_there(tmp_path, monkeypatch):
-    """Between opening and locking it, the run that held the folder may end and remove it."""
-    pytest.importorskip("fcntl")
-    run, locked = Run(config_of(tmp_path / "run")), []
-
-    def lock_late(handle):
-        if not locked:
-            run.folder.rmdir()
-        locked.append(handle)
-        return lock(handle)
-
-    monkeypatch.setattr(runs, "lock", lock_late)
-    with run.held():
-        assert len(locked) == 2
-        with pytest.raises(RunError, match="another process"), run.held():
-            pass
 
 
 def test_the_first_process_speaks_for_all(finished, monkeypatch):

@@ -43,17 +43,26 @@ def test_a_signal_behind_the_last_check_is_not_lost():
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_signal_that_got_lost_while_libraries_were_loaded_ends_the_run(number):
-    before = signal.signal(number, Leaving())
-    try:
+    before = [signal.getsignal(each) for each in NUMBERS]
+    with Leaving():
         try:
             signal.raise_signal(number)
         except BaseException as error:  # as a library's bare except
-            assert isinstance(error, KeyboardInterrupt if number == 2 else SystemExit)
+            assert isinstance(error, KeyboardInterrupt if number == signal.SIGINT else SystemExit)
         with pytest.raises(Interrupted) as stop, Signals() as signals:
             signals.check()
-        assert stop.value.status == 128 + number
+    assert stop.value.status == 128 + number
+    assert [signal.getsignal(each) for each in NUMBERS] == before
+
+
+def test_an_ignored_signal_stays_ignored_while_libraries_are_loaded():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Leaving() as leaving:
+            signal.raise_signal(signal.SIGINT)
+        assert leaving.number == 0 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
-        signal.signal(number, before)
+        signal.signal(signal.SIGINT, before)
 
 
 def test_what_another_process_breaks_is_the_signal_that_it_heard_first():

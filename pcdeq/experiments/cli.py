@@ -8,10 +8,8 @@ with one sentence and status 1 (``guarded``). A parsed command line is a ``RunCo
 import argparse
 import contextlib
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -31,7 +29,7 @@ from pcdeq.experiments.flags import (
 )
 from pcdeq.experiments.recipes import DEFAULTS, ROWS, default_activation
 from pcdeq.experiments.runs import check_folder
-from pcdeq.experiments.signals import NUMBERS, Interrupted, Leaving
+from pcdeq.experiments.signals import Interrupted, Leaving
 from pcdeq.networks import NETWORKS, check_network
 from pcdeq.weights import CheckpointError
 
@@ -96,7 +94,7 @@ def guarded(function: Callable[[], object]) -> int:
     for stream in (sys.stdout, sys.stderr):  # a path may hold what the terminal cannot show
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")
-    with _signals_end():
+    with Leaving():
         status, sentence = _outcome(function)
     if sentence:
         with contextlib.suppress(OSError):
@@ -107,23 +105,6 @@ def guarded(function: Callable[[], object]) -> int:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status
-
-
-@contextlib.contextmanager
-def _signals_end() -> Iterator[None]:
-    """Signals while imports or data are loaded end the process as later, in the training loop."""
-    if threading.current_thread() is not threading.main_thread():  # Python takes no signals there
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in NUMBERS}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as in a shell's background
-            signal.signal(number, Leaving())
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _outcome(function: Callable[[], object]) -> tuple[int, str]:

@@ -62,6 +62,26 @@ def lock(file: BinaryIO | int) -> bool:
     return True
 
 
+def make_and_lock(folder: Path) -> int | None:
+    """Locks a folder, made when absent; returns the handle to close, or None on Windows.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: it cannot be made or opened.
+    """
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.name == "nt":
+            return None
+        handle = os.open(folder, os.O_RDONLY)
+        if not lock(handle):
+            os.close(handle)
+            raise BlockingIOError
+        if folder.exists() and os.path.samestat(os.fstat(handle), os.stat(folder)):
+            return handle
+        os.close(handle)  # who had it has removed it meanwhile: the lock would be of no folder
+
+
 def temporary(path: Path) -> Path:
     """Where a file is written before it is renamed to ``path``."""
     return path.with_name(f".{path.name}.tmp")

@@ -28,7 +28,7 @@ import torch
 
 from pcdeq.experiments.config import FLAGS, RunConfig, differences
 from pcdeq.experiments.errors import RunError
-from pcdeq.experiments.files import lock, temporary, write_whole
+from pcdeq.experiments.files import make_and_lock, temporary, write_whole
 from pcdeq.weights import CheckpointError, read_checkpoint
 
 CONFIG, METRICS, BEST, LAST = "config.json", "metrics.csv", "best.pth", "last.pth"
@@ -138,7 +138,12 @@ class Run:
             RunError: another process is at it, or the folder cannot be made.
         """
         try:
-            handle = _make_and_lock(self.folder)
+            handle = make_and_lock(self.folder)
+        except BlockingIOError:
+            raise RunError(
+                f"another process is training in {self.folder}: wait for it, stop it, or name "
+                "another folder with --out"
+            ) from None
         except OSError as error:
             raise RunError(f"{self.folder} cannot be written ({error.strerror})") from None
         try:
@@ -243,28 +248,6 @@ class Run:
         if self._waiting is not None:
             return f"no epoch is done, {self.folder} holds the run that was there"
         return "no epoch is done"
-
-
-def _make_and_lock(folder: Path) -> int | None:
-    """A handle of the folder, made when absent, that keeps others out; None on Windows.
-
-    Raises:
-        RunError: another process has it.
-    """
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.name == "nt":
-            return None
-        handle = os.open(folder, os.O_RDONLY)
-        if not lock(handle):
-            os.close(handle)
-            raise RunError(
-                f"another process is training in {folder}: wait for it, stop it, or name "
-                "another folder with --out"
-            )
-        if folder.exists() and os.path.samestat(os.fstat(handle), os.stat(folder)):
-            return handle
-        os.close(handle)  # the run that held it has ended meanwhile, and removed it
 
 
 def _is_state(state: Any) -> bool:

@@ -29,16 +29,29 @@ class Interrupted(Exception):
 
 
 class Leaving:
-    """A signal's handler while imports or data are loaded: leaves at once, and remembers it.
+    """The context in which a signal ends the process at once, as while imports or data are loaded.
 
     What a handler raises gets lost where it meets a destructor or a bare ``except``, of which big
-    libraries have some: ``Signals`` ends the run then.
+    libraries have some: the signal is remembered, and ``Signals`` inside ends the run by it. One
+    that was to be ignored, as in a shell's background, stays so.
 
     Attributes:
         number: of the last signal, 0 before.
     """
 
-    number = 0
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __enter__(self) -> Leaving:
+        handlers = {number: signal.getsignal(number) for number in NUMBERS if _is_main()}
+        self._before = {n: h for n, h in handlers.items() if h not in (signal.SIG_IGN, None)}
+        for number in self._before:
+            signal.signal(number, self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.number = number
@@ -60,16 +73,15 @@ class Signals:
         self.number, self.advice = 0, ""
 
     def __enter__(self) -> Signals:
-        self._main = threading.current_thread() is threading.main_thread()
+        self._main = _is_main()
         if self._main:
             reader, self._writer = os.pipe()
             os.set_blocking(self._writer, False)
             self._wakeup = signal.set_wakeup_fd(self._writer)
             threading.Thread(target=_end_at_the_second, args=(reader,), daemon=True).start()
             self._handlers = [signal.signal(number, self._note) for number in NUMBERS]
-            for before in self._handlers:
-                if isinstance(before, Leaving) and before.number:
-                    self.number = before.number
+            lost = [before.number for before in self._handlers if isinstance(before, Leaving)]
+            self.number = max(lost, default=0)
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -96,6 +108,10 @@ class Signals:
         # heard it first, and is gone.
         if error is None or isinstance(error, RuntimeError):
             self.check()
+
+
+def _is_main() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _end_at_the_second(reader: int) -> None:
