@@ -10,6 +10,13 @@ from pcdeq import normalisation
 from pcdeq.normalisation import BatchNorm2d
 
 
+@pytest.fixture(autouse=True)
+def few_rows_at_a_time(monkeypatch):
+    """Its own arithmetic for few channels, whatever the processor, in blocks of unequal length."""
+    for name, value in (("VECTOR", 8), ("MANY", 100), ("BLOCK", 1000)):
+        monkeypatch.setattr(normalisation, name, value)
+
+
 def pair(channels: int, dtype=torch.float64, **options) -> tuple[BatchNorm2d, nn.BatchNorm2d]:
     torch.manual_seed(0)
     ours, theirs = BatchNorm2d(channels, **options), nn.BatchNorm2d(channels, **options)
@@ -46,7 +53,13 @@ def test_values_gradients_and_statistics_are_those_of_torch(channels, shape):
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-12, atol=1e-12)
 
 
-def test_its_own_arithmetic_is_what_was_tested(monkeypatch):
+@pytest.mark.parametrize(
+    "vector, many, own", [(8, 100, [1, 12, 20, 50, 82]), (16, 100, [1, 8, 12, 20, 24, 50, 82])]
+)
+def test_its_own_arithmetic_is_what_was_tested(vector, many, own, monkeypatch):
+    """Neither where channels fill vectors nor where there are many."""
+    monkeypatch.setattr(normalisation, "VECTOR", vector)
+    monkeypatch.setattr(normalisation, "MANY", many)
     calls = []
     apply = normalisation._Normalise.apply
     monkeypatch.setattr(
@@ -54,7 +67,7 @@ def test_its_own_arithmetic_is_what_was_tested(monkeypatch):
     )
     for channels in (1, 8, 12, 16, 20, 24, 48, 50, 64, 82, 125):
         BatchNorm2d(channels)(images(channels, torch.float32))
-    assert calls == [1, 12, 20, 50, 82]  # neither where they fill vectors nor where there are many
+    assert calls == own
 
 
 def test_first_and_second_derivatives():
