@@ -24,8 +24,8 @@ from pcdeq.processor import BFLOAT16
 
 
 def _convolution_plus() -> Callable[..., Tensor] | None:
-    """oneDNN's convolution that adds a tensor before it rounds; torch's compiler uses it."""
-    convolution = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+    """oneDNN's convolution that adds to a tensor before it rounds; torch's compiler uses it."""
+    convolution = getattr(torch.ops.mkldnn, "_convolution_pointwise_", None)
     return convolution.binary if convolution and BFLOAT16 else None
 
 
@@ -128,7 +128,10 @@ class NonnegativeConv2d(Nonnegative):
         low = z.dtype == torch.bfloat16 and z.device.type == "cpu" and CONVOLUTION_PLUS is not None
         if low and not _is_recorded():
             one = [1, 1]  # padding, stride, dilation
-            return CONVOLUTION_PLUS(z, b, factor, None, one, one, one, 1, "add", 1, None, [], None)
+            # The operator that is not in place copies one of them to another layout.
+            out = b.clone(memory_format=torch.channels_last)
+            CONVOLUTION_PLUS(out, z, factor, None, one, one, one, 1, "add", 1, None, [], None)
+            return out
         return F.conv2d(z, factor, padding=1).add_(b)
 
     @staticmethod
