@@ -22,6 +22,7 @@ from torchvision import transforms
 
 from pcdeq import build_network
 from pcdeq.experiments import data, machine
+from pcdeq.experiments.optimizer import AdamW
 
 
 def alone(**arguments) -> dict:
@@ -90,8 +91,8 @@ def epoch(name: str, seed: int, device: str = "cpu") -> dict[str, float]:
     reset_peak(device)
     model = network if ours else textbook(network)
     # The first optimizer of a process imports half of torch: no part of an epoch.
-    fused = ours or None  # None: as torch chooses
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=1.5e-2, fused=fused)
+    kind = AdamW if ours else torch.optim.AdamW
+    optimizer = kind(model.parameters(), lr=5e-4, weight_decay=1.5e-2)
     if device != "cpu":  # the first products of a process load libraries
         x, y = images.batch(slice(BATCH))
         train_step(model, optimizer, x.to(device), y.to(device))

@@ -15,6 +15,7 @@ from textbook import TorchdeqBlock, textbook
 
 from pcdeq import SOLVERS, Network, build_network
 from pcdeq.experiments import data
+from pcdeq.experiments.optimizer import AdamW
 from pcdeq.implicit import PRECISIONS
 
 
@@ -48,8 +49,10 @@ OPTIONS = {
 TORCHDEQ = {f"torchdeq {solver}": solver for solver in ("fixed_point_iter", "anderson")}
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
-    """A step of projected AdamW; torch's fused one for this project (``contestant``)."""
+def train_step(
+    model: nn.Module, optimizer: AdamW | torch.optim.AdamW, x: Tensor, y: Tensor
+) -> None:
+    """A step of projected AdamW; for this project as its scripts have it (``contestant``)."""
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad = None
     F.cross_entropy(model(x), y).backward()
@@ -61,7 +64,7 @@ def trained(row: Row, images: data.ImageSet, seed: int) -> Network:
     """The network of a row after its few training steps, where the images are."""
     torch.manual_seed(seed)
     network = build_network(row.network, row.activation, row.dataset).to(images.labels.device)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=1.5e-2, fused=True)
+    optimizer = AdamW(network.parameters(), lr=1e-3, weight_decay=1.5e-2)
     shuffle = torch.randperm(len(images))
     for step in range(row.training_steps):
         start = step * BATCH % (len(images) - BATCH)
@@ -69,17 +72,19 @@ def trained(row: Row, images: data.ImageSet, seed: int) -> Network:
     return network
 
 
-def contestant(name: str, row: Row, network: Network) -> tuple[nn.Module, torch.optim.Optimizer]:
+def contestant(
+    name: str, row: Row, network: Network
+) -> tuple[nn.Module, AdamW | torch.optim.AdamW]:
     """A model with the weights of ``network``, where they are; its optimizer, learning rate 0."""
     if name in OPTIONS:
         model = build_network(row.network, row.activation, row.dataset, **OPTIONS[name])
         model.to(network.classifier.weight.device).load_state_dict(network.state_dict())
-        return model, torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+        return model, AdamW(model.parameters(), lr=0.0, weight_decay=1e-2)
     if name == TEXTBOOK:
         model = textbook(network)
     else:
         model = textbook(network, functools.partial(TorchdeqBlock, solver=TORCHDEQ[name]))
-    return model, torch.optim.AdamW(model.parameters(), lr=0.0)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=1e-2)
 
 
 def installed_torchdeq() -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from pcdeq.experiments import data
 from pcdeq.experiments.certifying import robust_accuracy
 from pcdeq.experiments.config import RunConfig
 from pcdeq.experiments.parallel import Processes
+from pcdeq.experiments.optimizer import AdamW
 from pcdeq.experiments.trainer import Trainer, generator
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -98,12 +99,12 @@ def test_reading_residuals_late_changes_nothing(kind, solver, precision, replaye
 def test_a_step_waits_for_its_residuals_alone(net, activation):
     images, _, _ = data.load("mnist", sample=True, device="cuda")
     network = pcdeq.build_network(net, activation).cuda()
-    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    optimizer = AdamW(network.parameters(), lr=1e-3, weight_decay=1.5e-2)
     shuffle = torch.randperm(len(images), generator=generator("cpu", 1)).cuda()
 
     def step():
         x, y = images.batch(shuffle[:64])
-        optimizer.zero_grad()
+        network.zero_grad()
         F.cross_entropy(network(x), y).backward()
         optimizer.step()
         network.clamp()

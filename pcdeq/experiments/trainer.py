@@ -19,6 +19,7 @@ from tqdm import tqdm
 from pcdeq.block import PcDEQ
 from pcdeq.experiments.config import RunConfig
 from pcdeq.experiments.data import ImageSet
+from pcdeq.experiments.optimizer import AdamW
 from pcdeq.experiments.parallel import ALONE, Processes
 from pcdeq.networks import Network
 
@@ -39,9 +40,7 @@ class Trainer:
         self.network, self.images, self.config = network, images, config
         self.processes = processes
         self.model = processes.wrap(network)
-        self.optimizer = torch.optim.AdamW(
-            network.parameters(), config.lr, weight_decay=config.weight_decay, fused=True
-        )
+        self.optimizer = AdamW(network.parameters(), config.lr, config.weight_decay)
 
     def step(self, x: Tensor, y: Tensor, share: float = 1.0) -> tuple[float, int]:
         """One step of projected AdamW.
