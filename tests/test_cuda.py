@@ -21,8 +21,8 @@ from pcdeq import replay, solvers
 from pcdeq.experiments import data
 from pcdeq.experiments.certifying import robust_accuracy
 from pcdeq.experiments.config import RunConfig
-from pcdeq.experiments.parallel import Processes
 from pcdeq.experiments.optimizer import AdamW
+from pcdeq.experiments.parallel import Processes
 from pcdeq.experiments.trainer import Trainer, generator
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
