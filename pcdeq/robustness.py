@@ -63,9 +63,14 @@ def robust(model: nn.Sequential, lower: Tensor, upper: Tensor, target: Tensor) -
 
     Raises:
         TypeError: the model is no ``nn.Sequential``, a layer has no interval image here, or one has
-            a ``forward`` of its own or a hook.
-        ValueError: a lower corner is above the upper one, a target is no class, or shapes differ.
+            a ``forward`` of its own or a hook; or corners are no tensors of floating dtype.
+        ValueError: a lower corner is above the upper one, a target is no class, shapes differ, or
+            are none that the network takes.
     """
+    for corner in (lower, upper):
+        if not (isinstance(corner, Tensor) and corner.is_floating_point()):
+            kind = getattr(corner, "dtype", type(corner).__name__)
+            raise TypeError(f"corners are inputs of the network, floating tensors, not {kind}")
     if target.shape != lower.shape[:1]:
         raise ValueError(
             f"targets of shape (B,) are needed, B = {len(lower)}, not {(*target.shape,)}"
@@ -78,6 +83,8 @@ def robust(model: nn.Sequential, lower: Tensor, upper: Tensor, target: Tensor) -
         raise ValueError(f"targets must be int64 classes from 0 to {classifier.out_features - 1}")
     with full_float32():
         centre, radius = _walk(features, lower, upper).centred()  # (B, n)
+    if centre.shape[1:] != (classifier.in_features,):
+        raise ValueError(f"the last Linear takes no inputs of shape {(*centre.shape,)}")
     weight, bias = _double(classifier)
     target = target.to(weight.device).view(-1, 1)  # (B, 1)
     # The classes' rows are subtracted first: what moves two logits together is no threat.
@@ -128,7 +135,11 @@ def _walk(layers: list[nn.Module], lower: Tensor, upper: Tensor) -> Box:
     if (box.lower > box.upper).any():  # an empty box would be proved to hold anything
         raise ValueError("a box has its lower corner above its upper one")
     for layer in layers:
-        box = image(layer, box)
+        try:
+            box = image(layer, box)
+        except (RuntimeError, IndexError) as error:
+            name, shape = type(layer).__name__, (*box.lower.shape,)
+            raise ValueError(f"{name} takes no inputs of shape {shape}: {error}") from error
     return box
 
 

@@ -99,7 +99,13 @@ def load_weights(model: Network, path: str | os.PathLike) -> None:
     Raises:
         CheckpointError: unreadable (see ``read_checkpoint``), or of another network, activation,
             data set or number of classes, the message names both; or not finite.
+        TypeError: the model is none of the six networks.
     """
+    if not isinstance(model, Network):
+        raise TypeError(
+            f"load_weights is for networks from build_network, not for {type(model).__name__}: "
+            "a model of one's own has its load_state_dict"
+        )
     content = read_checkpoint(path)
     if "model" in content:
         mine, theirs = _identity(describe(model), path), _identity(content, path)

@@ -273,6 +273,31 @@ def test_what_it_does_not_know_it_refuses():
             image(conv, Box(torch.rand(1, 2, 8, 8).double(), torch.rand(1, 2, 8, 8).double()))
 
 
+@pytest.mark.parametrize(
+    "shape, words",
+    [
+        ((2, 1, 28, 27), r"Linear takes no inputs of shape \(2, 756\)"),
+        ((2, 28), r"Linear takes no inputs of shape \(2, 28\)"),
+        ((2,), r"Flatten takes no inputs of shape \(2,\)"),
+    ],
+)
+def test_inputs_of_another_shape_are_named(shape, words):
+    x = torch.rand(shape)
+    with pytest.raises(ValueError, match=words):
+        robust(network("linear_pcdeq_1", "tanh"), x, x, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"the last Linear takes no inputs of shape \(2, 3, 4\)"):
+        x = torch.rand(2, 3, 4)
+        robust(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), x, x, torch.tensor([0, 1]))
+
+
+def test_corners_are_tensors_of_floating_dtype():
+    model, images = network("linear_pcdeq_1", "tanh"), torch.randint(256, (2, 1, 28, 28)).byte()
+    with pytest.raises(TypeError, match=r"floating tensors, not torch\.uint8"):
+        robust(model, images, images, torch.tensor([0, 1]))
+    with pytest.raises(TypeError, match="floating tensors, not list"):
+        robust(model, images.float(), images.tolist(), torch.tensor([0, 1]))
+
+
 def test_an_empty_box_proves_nothing():
     model = network("linear_pcdeq_1", "tanh")
     images, labels = digits()[2][:5], digits()[3][:5]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pcdeq import CheckpointError, build_network, load_network, load_weights
 from pcdeq.networks import Network
@@ -395,3 +395,8 @@ def test_nothing_in_a_file_is_executed(tmp_path):
     assert not trace.exists()
     torch.load(path, weights_only=False)
     assert trace.exists()  # it would have run
+
+
+def test_a_model_of_one_s_own_is_told_how_it_loads():
+    with pytest.raises(TypeError, match="not for Linear: a model of one's own has its load_state"):
+        load_weights(nn.Linear(2, 2), "best.pth")
