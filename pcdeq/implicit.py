@@ -120,14 +120,15 @@ class Equilibrium(nn.Module):
         with torch.no_grad(), _no_autocast(x):
             z = self._solve_forward(x, weight)
         if not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
-            return z.to(self.dtype)
-        z_star = _AtEquilibrium.apply(z, x, weight, self.f)
+            return z
+        z_star = _AtEquilibrium.apply(z, x, weight, self)
         # The hook holds z, not z_star: a hook that holds its own tensor is a reference cycle.
         z_star.register_hook(functools.partial(self._solve_adjoint, z, weight.detach()))
         return z_star.view_as(z_star)  # whose gradient, where someone looks at it, is ∂L/∂z*
 
     def _solve_forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        """z = σ(Wz + x), from z = 0, in the precision of the solve."""
+        """z = σ(Wz + x), from z = 0."""
+
         derivative = self.f.activation.derivative
 
         def iteration(dtype: torch.dtype) -> Linearised:
@@ -156,10 +157,10 @@ class Equilibrium(nn.Module):
         with torch.no_grad(), _no_autocast(z):
             transposed = self.f.W.transpose(weight)
             g, self.backward_solve = self._solve(iteration, grad, nonnegative=False)
-        return g.to(self.dtype)
+        return g
 
     def _solve(self, iteration, start, *, nonnegative: bool):
-        """One solve in the precision asked for: the solution, and its figures."""
+        """One solve in the precision asked for: the solution in ``dtype``, and its figures."""
         solver, dtype = SOLVERS[self.solver], self.dtype
         rule = {"tol": self.tolerance, "max_iter": self.max_iter, "nonnegative": nonnegative}
         if not self.low_precision:
@@ -169,7 +170,7 @@ class Equilibrium(nn.Module):
         else:
             start = None if start is None else start.to(LOW)
             solve = solver(iteration(LOW).f, start, **rule)._replace(full=0)
-        return solve.z, solve._replace(z=None)
+        return solve.z.to(dtype), solve._replace(z=None)
 
 
 def check_count(name: str, value: object) -> None:
@@ -181,25 +182,27 @@ def check_count(name: str, value: object) -> None:
 class _AtEquilibrium(torch.autograd.Function):
     """The recorded evaluation z* = σ(Wz* + x), as a function of x and W; its value is known.
 
-    Backward, with y = σ'∘g for the g that the hook has solved for: ∂x = y, ∂W = ∂⟨y, Wz*⟩/∂W; in
-    the precision of z, that of the solves.
+    Backward, with y = σ'∘g for the g that the hook has solved for: ∂x = y, ∂W = ∂⟨y, Wz*⟩/∂W.
     """
 
     @staticmethod
-    def forward(ctx, z: Tensor, x: Tensor, weight: Tensor, f: ConcaveLayer) -> Tensor:
+    def forward(ctx, z: Tensor, x: Tensor, weight: Tensor, equilibrium: Equilibrium) -> Tensor:
         ctx.save_for_backward(z)
-        ctx.f = f
-        return z.to(x.dtype).view_as(z)
+        ctx.equilibrium = equilibrium
+        return z.view_as(z)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[None, Tensor, Tensor | None, None]:
         (z,) = ctx.saved_tensors
+        equilibrium = ctx.equilibrium
+        y = equilibrium.f.activation.vjp(g, z)
+        if not ctx.needs_input_grad[2]:
+            return None, y, None, None
+        dtype = LOW if equilibrium.only_low else z.dtype
         with _no_autocast(z):
-            y, dW = ctx.f.activation.vjp(g.to(z.dtype), z), None
-            if ctx.needs_input_grad[2]:
-                dW = ctx.f.W.weight_gradient(z, y).to(g.dtype)
-        return None, y.to(g.dtype), dW, None
+            dW = equilibrium.f.W.weight_gradient(z.to(dtype), y.to(dtype)).to(z.dtype)
+        return None, y, dW, None
 
 
 def _no_autocast(t: Tensor) -> AbstractContextManager:

@@ -128,7 +128,7 @@ class NonnegativeConv2d(Nonnegative):
         low = z.dtype == torch.bfloat16 and z.device.type == "cpu" and CONVOLUTION_PLUS is not None
         if low and not _is_recorded():
             one = [1, 1]  # padding, stride, dilation
-            # In place: the operator that is not copies z or b to another layout (torch 2.11).
+            # The operator that makes a new tensor copies z or b to another layout (torch 2.11).
             out = b.clone(memory_format=torch.channels_last)
             CONVOLUTION_PLUS(out, z, factor, None, one, one, one, 1, "add", 1, None, [], None)
             return out

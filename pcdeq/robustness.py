@@ -1,4 +1,4 @@
-"""A whole network on a box of inputs: proofs that no point of it changes the class, and an attack.
+"""A whole network on a box of inputs: proofs that no point of it changes the class.
 
 Interval arithmetic walks through the children of a network. The equilibria cost it nothing in
 sharpness: z*(x) is monotone in x, so for x₋ ≤ x ≤ x₊ the block's output fills exactly the box from
@@ -25,10 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from pcdeq.block import PcDEQ
-from pcdeq.certificates import evaluating
+from pcdeq.block import PcDEQ, PcDEQConv2d, PcDEQLinear
 from pcdeq.enclosures import UNIT, Operator, enclose, full_float32, product
-from pcdeq.rates import per_sample
 
 SLACK = 1e-9  # margins above it are proved: far above what is left of rounding in their last sums
 INJECTION_ERROR = 1e-12  # relative, of softplus in float64: above what was measured, 6e-14
@@ -63,14 +61,11 @@ def robust(model: nn.Sequential, lower: Tensor, upper: Tensor, target: Tensor) -
 
     Raises:
         TypeError: the model is no ``nn.Sequential``, a layer has no interval image here, or one has
-            a ``forward`` of its own or a hook; or corners are no tensors of floating dtype.
-        ValueError: a lower corner is above the upper one, a target is no class, shapes differ, or
-            are none that the network takes.
+            a ``forward`` of its own or a hook; or a corner is no tensor of floating dtype.
+        ValueError: a lower corner is above the upper one, a target is no class, the corners differ
+            in shape, or a layer does not take inputs of that shape.
     """
-    for corner in (lower, upper):
-        if not (isinstance(corner, Tensor) and corner.is_floating_point()):
-            kind = getattr(corner, "dtype", type(corner).__name__)
-            raise TypeError(f"corners are inputs of the network, floating tensors, not {kind}")
+    _check_corners(lower, upper)
     if target.shape != lower.shape[:1]:
         raise ValueError(
             f"targets of shape (B,) are needed, B = {len(lower)}, not {(*target.shape,)}"
@@ -101,6 +96,7 @@ def robust(model: nn.Sequential, lower: Tensor, upper: Tensor, target: Tensor) -
 @torch.no_grad()
 def logit_bounds(model: nn.Sequential, lower: Tensor, upper: Tensor) -> Box:
     """Bounds on each logit over each box; arguments as for ``robust``."""
+    _check_corners(lower, upper)
     with full_float32():
         return _walk(list(_layers(model)), lower, upper)
 
@@ -127,19 +123,45 @@ def _check_forward(module: nn.Module) -> None:
         raise TypeError(f"no interval image is known for {name} with a forward hook")
 
 
-def _walk(layers: list[nn.Module], lower: Tensor, upper: Tensor) -> Box:
+def _check_corners(lower: Tensor, upper: Tensor) -> None:
+    for corner in (lower, upper):
+        if not (isinstance(corner, Tensor) and corner.is_floating_point()):
+            kind = getattr(corner, "dtype", type(corner).__name__)
+            raise TypeError(f"corners are inputs of the network, floating tensors, not {kind}")
     if lower.shape != upper.shape:
         raise ValueError(f"corners differ in shape: {(*lower.shape,)} and {(*upper.shape,)}")
+
+
+def _takes(layer: nn.Module, shape: torch.Size) -> bool:
+    """Whether inputs of that shape are such as the layer is made for."""
+    match layer:
+        case nn.Linear():
+            return shape[-1:] == (layer.in_features,)
+        case PcDEQLinear():
+            return shape[-1:] == (len(layer.deq.f.W.weight_v),)
+        case PcDEQConv2d():
+            return len(shape) == 4 and shape[1] == len(layer.deq.f.W.weight_v)
+        case nn.Conv2d():
+            return len(shape) == 4 and shape[1] == layer.in_channels
+        case nn.modules.batchnorm._BatchNorm():
+            return shape[1:2] == (layer.num_features,)
+        case nn.MaxPool2d() | nn.AvgPool2d():
+            return len(shape) == 4
+        case nn.Flatten():
+            return len(shape) > max(layer.start_dim, 1)
+    return True
+
+
+def _walk(layers: list[nn.Module], lower: Tensor, upper: Tensor) -> Box:
     device = next((_lift(p).device for layer in layers for p in layer.parameters()), lower.device)
     box = Box(lower.to(device).double(), upper.to(device).double())
     if (box.lower > box.upper).any():  # an empty box would be proved to hold anything
         raise ValueError("a box has its lower corner above its upper one")
     for layer in layers:
-        try:
-            box = image(layer, box)
-        except (RuntimeError, IndexError) as error:
+        if not _takes(layer, box.lower.shape):
             name, shape = type(layer).__name__, (*box.lower.shape,)
-            raise ValueError(f"{name} takes no inputs of shape {shape}: {error}") from error
+            raise ValueError(f"{name} takes no inputs of shape {shape}")
+        box = image(layer, box)
     return box
 
 
@@ -256,53 +278,3 @@ def _double(layer: nn.Module) -> tuple[Tensor, Tensor]:
 
 def _lift(t: Tensor) -> Tensor:
     return (t.cpu() if t.device.type == "mps" else t).detach().double()
-
-
-class Attack(NamedTuple):
-    """The worst that an attack found: ``points`` (B, …) of the boxes and their ``margin``
-    (B,), the logit of the target less the largest other one; negative where the class changed."""
-
-    points: Tensor
-    margin: Tensor
-
-
-def attack(
-    model: nn.Module, x: Tensor, lower: Tensor, upper: Tensor, target: Tensor, *, steps: int = 40
-) -> Attack:
-    """Projected gradient descent on the margin, over each box (Madry et al., ICLR 2018).
-
-    From x, ``steps`` steps of 2.5/steps of the radius against the sign of the gradient. It finds
-    inputs that change the class, or does not: accuracy under it is at least the true accuracy on
-    the boxes, as the certified one is at most that.
-
-    Args:
-        model: any network; it runs as it is (its own precision and tolerance), in evaluation mode,
-            which is restored.
-        x: where to start, (B, …); moved into the box.
-        lower, upper: corners of the boxes, as the network sees its inputs, shape of x.
-        target: classes, shape (B,).
-        steps: gradients to take.
-    """
-    stride = (upper - lower) * (1.25 / steps)
-    points = x.clamp(lower, upper)
-    worst = Attack(points, points.new_full((len(points),), torch.inf))
-    with evaluating(model), torch.enable_grad():
-        for step in range(steps + 1):
-            points = points.detach().requires_grad_(step < steps)
-            margin = _margin(model(points), target)
-            lower_margin = ~(margin.detach() >= worst.margin)  # NaN is no margin either
-            worst = Attack(
-                torch.where(per_sample(lower_margin, points), points.detach(), worst.points),
-                torch.where(lower_margin, margin.detach(), worst.margin),
-            )
-            if step < steps:
-                (gradient,) = torch.autograd.grad(margin.sum(), points)
-                points = (points - stride * gradient.sign()).clamp(lower, upper)
-    return worst
-
-
-def _margin(logits: Tensor, target: Tensor) -> Tensor:
-    """The target's logit less the largest other one, shape (B,)."""
-    target = target.view(-1, 1)
-    others = logits.scatter(1, target, -torch.inf)
-    return logits.gather(1, target).squeeze(1) - others.amax(1)

@@ -21,6 +21,10 @@ def torch_s(model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1, fused=True)
 
 
+def unfused(model: nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1, foreach=False)
+
+
 def ours(model: nn.Module) -> AdamW:
     return AdamW(model.parameters(), 1e-2, weight_decay=0.1)
 
@@ -93,7 +97,44 @@ def test_the_state_dict_is_that_of_torch(device):
             assert mine["state"][key][name].stride() == value.stride()
 
 
-def test_a_state_dict_stays_as_it_was():
+@every_device
+def test_it_goes_on_from_a_state_that_was_not_fused(device):
+    model = network(device)
+    other = unfused(model)
+    train(model, other, range(3))
+    reference = copy.deepcopy(model)
+    optimizer = ours(model)
+    optimizer.load_state_dict(copy.deepcopy(other.state_dict()))
+    train(model, optimizer, range(3, 5))
+    theirs = unfused(reference)
+    theirs.load_state_dict(other.state_dict())
+    train(reference, theirs, range(3, 5))
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert optimizer.state_dict()["param_groups"][0]["fused"]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda state: state["param_groups"][0].update(amsgrad=True), "amsgrad"),
+        (lambda state: state["param_groups"][0].update(maximize=True), "maximize"),
+        (lambda state: state["state"].clear(), "above 0"),
+        (lambda state: state["state"][1]["step"].add_(1), "one count"),
+        (lambda state: state["param_groups"][0]["params"].pop(), "size"),
+    ],
+)
+def test_a_state_that_it_cannot_go_on_from_is_refused(change, words):
+    model = network("cpu")
+    optimizer = ours(model)
+    train(model, optimizer, range(2))
+    state = copy.deepcopy(optimizer.state_dict())
+    change(state)
+    with pytest.raises(ValueError, match=words):
+        ours(network("cpu")).load_state_dict(state)
+
+
+def test_the_counts_of_a_state_dict_stay_as_they_were():
     model = network("cpu", "linear_pcdeq_1")
     optimizer = ours(model)
     train(model, optimizer, range(2))

@@ -1,6 +1,7 @@
 """Proofs on boxes: bounds that no point leaves, corners that reach them, an attack from outside."""
 
 import copy
+import re
 from fractions import Fraction
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 from torch import nn
 from truth import block_of, digits, random_weight, trained
 
-from pcdeq import ACTIVATIONS, PcDEQLinear, build_network, robust
+from pcdeq import ACTIVATIONS, PcDEQConv2d, PcDEQLinear, build_network, robust
+from pcdeq.attack import attack
 from pcdeq.enclosures import Operator, enclose
-from pcdeq.robustness import SLACK, Box, attack, image, logit_bounds
+from pcdeq.robustness import SLACK, Box, image, logit_bounds
 
 NETS = [(f"linear_pcdeq_{a.variant}", a.name) for a in ACTIVATIONS.values()]
 CONV = ("multi_conv_pcdeq_2", "sigmoid")
@@ -285,15 +287,44 @@ def test_inputs_of_another_shape_are_named(shape, words):
     x = torch.rand(shape)
     with pytest.raises(ValueError, match=words):
         robust(network("linear_pcdeq_1", "tanh"), x, x, torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match=r"the last Linear takes no inputs of shape \(2, 3, 4\)"):
-        x = torch.rand(2, 3, 4)
-        robust(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), x, x, torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize(
+    "layer, shape, name",
+    [
+        (nn.Linear(4, 4), (2, 3, 4), "the last Linear"),
+        (nn.Conv2d(3, 4, 3), (2, 4, 5, 5), "Conv2d"),
+        (nn.Conv2d(3, 4, 3), (3, 5, 5), "Conv2d"),
+        (nn.BatchNorm2d(1), (2, 3, 2, 2), "BatchNorm2d"),
+        (nn.MaxPool2d(2), (2, 4, 4), "MaxPool2d"),
+        (nn.AvgPool2d(2), (2, 4), "AvgPool2d"),
+        (PcDEQLinear(4), (2, 3), "PcDEQLinear"),
+        (PcDEQConv2d(4), (2, 3, 5, 5), "PcDEQConv2d"),
+    ],
+)
+def test_the_layer_that_an_input_does_not_fit_is_named(layer, shape, name):
+    x = torch.rand(shape)
+    model = nn.Sequential(layer, nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=re.escape(f"{name} takes no inputs of shape {shape}")):
+        robust(model, x, x, torch.zeros(len(x), dtype=torch.int64))
+
+
+def test_running_out_of_memory_is_no_wrong_shape(monkeypatch):
+    def enclose(*_, **__):
+        raise torch.OutOfMemoryError("no memory is left")
+
+    monkeypatch.setattr("pcdeq.robustness.enclose", enclose)
+    images = digits()[2][:2]
+    with pytest.raises(torch.OutOfMemoryError, match="no memory is left"):
+        robust(network("linear_pcdeq_1", "tanh"), images, images, torch.tensor([0, 1]))
 
 
 def test_corners_are_tensors_of_floating_dtype():
     model, images = network("linear_pcdeq_1", "tanh"), torch.randint(256, (2, 1, 28, 28)).byte()
     with pytest.raises(TypeError, match=r"floating tensors, not torch\.uint8"):
         robust(model, images, images, torch.tensor([0, 1]))
+    with pytest.raises(TypeError, match="floating tensors, not list"):
+        logit_bounds(model, images.tolist(), images.float())
     with pytest.raises(TypeError, match="floating tensors, not list"):
         robust(model, images.float(), images.tolist(), torch.tensor([0, 1]))
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pcdeq.attack import attack
 from pcdeq.certificates import Certificate, certify
 from pcdeq.experiments.data import ImageSet
 from pcdeq.networks import Network
 from pcdeq.rates import RATE_STEPS
-from pcdeq.robustness import attack, robust
+from pcdeq.robustness import robust
 
 ATTACK_STEPS = 40
 SHOWN = 3  # reasons, where a block's certificate does not hold

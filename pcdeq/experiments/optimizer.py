@@ -15,10 +15,11 @@ from torch import Tensor
 class AdamW:
     """``torch.optim.AdamW(…, fused=True)`` for one group of parameters with one count of steps.
 
-    Values and state dicts are torch's, and each loads the other's. There are no hooks.
+    Values and, after a step, state dicts are torch's, and each loads the other's. There are no
+    hooks.
 
     Args:
-        parameters: where they are to stay; in each step all have a gradient.
+        parameters: of one dtype, on their final device; in each step all have a gradient.
         lr: learning rate.
         weight_decay: decoupled from the gradient (Loshchilov and Hutter, ICLR 2019).
 
@@ -68,14 +69,22 @@ class AdamW:
         return self._torch.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from ``state_dict``, of this class or of torch's after a step.
+        """Goes on from ``state_dict``, of this class or of torch's.
 
         Raises:
-            ValueError, KeyError: as torch's; it is of another network, or of no step.
+            ValueError: it is of other parameters, of no step, of steps that not all parameters took
+                part in, or of ``amsgrad`` or ``maximize``.
         """
         self._torch.load_state_dict(state_dict)
         self.param_groups = self._torch.param_groups
+        (group,) = self.param_groups
+        if group["amsgrad"] or group["maximize"]:
+            raise ValueError("amsgrad and maximize are not supported")
+        group["fused"] = True  # torch's own may not have been
         states = [self._torch.state[p] for p in self._parameters]
-        self._count = states[0]["step"].clone()
+        counts = {int(state.get("step", 0)) for state in states}
+        if len(counts) > 1 or counts == {0}:
+            raise ValueError(f"one count of steps is needed, above 0: {counts}")
+        self._count.fill_(*counts)
         self._means = [state["exp_avg"] for state in states]
         self._squares = [state["exp_avg_sq"] for state in states]
