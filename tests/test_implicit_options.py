@@ -53,6 +53,23 @@ def test_every_option_gives_the_same_numbers(kind, activation, solver, precision
     assert all(s.residual < TOLERANCE[precision] for s in solves)
 
 
+@both
+@every_precision
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_an_equilibrium_of_x_in_another_dtype(kind, precision, dtype):
+    """z* is in the parameters' dtype, with a graph and without, and ∂x in that of x."""
+    block = make(kind, precision=precision)
+    x = block.inject(signal(kind)).to(dtype).requires_grad_()
+    z = block.deq(x)
+    with torch.no_grad():
+        assert block.deq(x).dtype == z.dtype == torch.float32
+    (gradient,) = torch.autograd.grad(z.sum(), x)
+    assert gradient.dtype == dtype
+    reference = x.detach().float().requires_grad_()
+    (expected,) = torch.autograd.grad(block.deq(reference).sum(), reference)
+    assert distance(gradient, expected) < 2.0**-6
+
+
 @every_solver
 def test_float32_evaluations_of_each_precision(solver):
     counts = {}
