@@ -3,8 +3,9 @@
 In channels_last torch vectorises over the channels of a pixel. Where they do not fill its vectors
 (12, 20, 24, 50 and 82 channels of the conv networks) its kernels take scalar steps, which with
 AVX-512 cost a tenth of a training step. The same arithmetic, written as passes over rows of many
-pixels at once, is several times as fast there. With the shorter vectors of AVX2 it is faster for 12
-channels of 28×28 pixels only: in half the time with two threads, with one in two thirds at best.
+pixels at once, is several times as fast there (24 channels were not measured alone). With the
+shorter vectors of AVX2 it is faster for 12 channels of 28×28 pixels only: in half the time with two
+threads, with one in two thirds at best.
 
 y = w·(h − m)/√(v + ε) + b with mean m and variance v of each channel over batch and pixels
 (Ioffe and Szegedy, 2015).

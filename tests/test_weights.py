@@ -298,6 +298,11 @@ def test_a_state_dict_of_something_else_is_refused(content, tmp_path):
         load_network(tmp_path / "file.pth", "linear_pcdeq_1", "tanh", "mnist")
 
 
+def test_a_model_of_one_s_own_is_told_how_it_loads():
+    with pytest.raises(TypeError, match="not for Linear: a model of one's own has its load_state"):
+        load_weights(nn.Linear(2, 2), "best.pth")
+
+
 # Damage
 
 
@@ -395,8 +400,3 @@ def test_nothing_in_a_file_is_executed(tmp_path):
     assert not trace.exists()
     torch.load(path, weights_only=False)
     assert trace.exists()  # it would have run
-
-
-def test_a_model_of_one_s_own_is_told_how_it_loads():
-    with pytest.raises(TypeError, match="not for Linear: a model of one's own has its load_state"):
-        load_weights(nn.Linear(2, 2), "best.pth")

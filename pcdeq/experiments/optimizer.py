@@ -22,35 +22,35 @@ class AdamW:
         parameters: of one dtype, on their final device; in each step all have a gradient.
         lr: learning rate.
         weight_decay: decoupled from the gradient (Loshchilov and Hutter, ICLR 2019).
-
-    Attributes:
-        param_groups: as torch's, a list of one; ``lr`` in it may be changed.
     """
 
     def __init__(self, parameters: Iterable[Tensor], lr: float, weight_decay: float):
         self._torch = torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=True)
-        self.param_groups = self._torch.param_groups
         (group,) = self.param_groups
-        self._parameters = group["params"]
-        device = self._parameters[0].device
-        self._count = torch.zeros((), dtype=torch.float32, device=device)
+        first, *_ = group["params"]
+        self._count = torch.zeros((), dtype=torch.float32, device=first.device)
         self._means, self._squares = (
-            [torch.zeros_like(p) for p in self._parameters] for _ in range(2)
+            [torch.zeros_like(p) for p in group["params"]] for _ in range(2)
         )
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """As torch's, a list of one; ``lr`` in it may be changed."""
+        return self._torch.param_groups
 
     def step(self) -> None:
         """One step, in place."""
         (group,) = self.param_groups
-        beta1, beta2 = group["betas"]
+        parameters, (beta1, beta2) = group["params"], group["betas"]
         with torch.no_grad():
             self._count += 1
             torch._fused_adamw_(
-                self._parameters,
-                [p.grad for p in self._parameters],
+                parameters,
+                [p.grad for p in parameters],
                 self._means,
                 self._squares,
                 [],  # amsgrad's
-                [self._count] * len(self._parameters),
+                [self._count] * len(parameters),
                 lr=group["lr"],
                 beta1=beta1,
                 beta2=beta2,
@@ -62,8 +62,8 @@ class AdamW:
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's: a count for each parameter."""
-        states = zip(self._parameters, self._means, self._squares, strict=True)
-        for p, mean, square in states:
+        (group,) = self.param_groups
+        for p, mean, square in zip(group["params"], self._means, self._squares, strict=True):
             step = self._count.clone()
             self._torch.state[p] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
         return self._torch.state_dict()
@@ -76,12 +76,11 @@ class AdamW:
                 part in, or of ``amsgrad`` or ``maximize``.
         """
         self._torch.load_state_dict(state_dict)
-        self.param_groups = self._torch.param_groups
         (group,) = self.param_groups
         if group["amsgrad"] or group["maximize"]:
             raise ValueError("amsgrad and maximize are not supported")
         group["fused"] = True  # torch's own may not have been
-        states = [self._torch.state[p] for p in self._parameters]
+        states = [self._torch.state[p] for p in group["params"]]
         counts = {int(state.get("step", 0)) for state in states}
         if len(counts) > 1 or counts == {0}:
             raise ValueError(f"one count of steps is needed, above 0: {counts}")
