@@ -1,9 +1,16 @@
-"""``import pcdeq``: what it gives and what it needs."""
+"""``import pcdeq``: what it gives and what it needs; and the map of its files."""
 
+import ast
+import re
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import pcdeq
+
+PACKAGE = Path(pcdeq.__file__).parent
 
 
 def fresh(code: str) -> str:
@@ -40,3 +47,31 @@ def test_public_names_are_documented():
         value = getattr(pcdeq, name)
         if callable(value):
             assert value.__doc__ and value.__doc__.strip(), name
+
+
+def imported(file: Path) -> set[str]:
+    """The modules of the package that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize(
+    ("folder", "module"), [("", "pcdeq"), ("experiments", "pcdeq.experiments")]
+)
+def test_the_map_names_every_file_and_imports_lead_upwards(folder, module):
+    text = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    rows = text.partition(f"| `{module.replace('.', '/')}/` |")[2].partition("\n\n")[0]
+    first = "".join(row.split(" | ")[0] for row in rows.splitlines())
+    order = re.findall(r"`(\w+)\.py`", first)
+    files = {file.stem for file in (PACKAGE / folder).glob("*.py")} - {"__init__"}
+    assert sorted(order) == sorted(files)
+    for place, name in enumerate(order):
+        below = {f"{module}.{other}" for other in order[place:]}
+        reached = imported(PACKAGE / folder / f"{name}.py")
+        assert not reached & below, name
+        assert folder or not any(other.startswith("pcdeq.experiments") for other in reached), name
