@@ -12,7 +12,7 @@ The bounds hold with rounding; what each rests on stands where it is computed.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from pcdeq.block import PcDEQ
 from pcdeq.enclosures import SMALLEST, Operator, enclose, full_float32
 from pcdeq.rates import RATE_STEPS, largest, predicted_iterations, rate_bounds
-from pcdeq.solvers import EPSILON
 
 
 @dataclass
@@ -96,10 +95,10 @@ def certify(model: nn.Module, x: Tensor, rate_steps: int = RATE_STEPS) -> list[C
     Raises:
         ValueError: the batch is empty, or the model has no pcDEQ block.
     """
-    return [_certify(visit, rate_steps) for visit in _visits(model, x)]
+    return [certificate_of(visit, rate_steps) for visit in visits(model, x)]
 
 
-class _Visit(NamedTuple):
+class Visit(NamedTuple):
     """One use of a block in a pass: its injected x, its output ẑ, and the evaluations for it."""
 
     name: str
@@ -110,17 +109,17 @@ class _Visit(NamedTuple):
 
 
 @torch.no_grad()
-def _visits(model: nn.Module, inputs: Tensor) -> list[_Visit]:
-    """All uses of blocks in one pass in evaluation mode, in its order."""
+def visits(model: nn.Module, inputs: Tensor) -> list[Visit]:
+    """All uses of blocks in one pass in evaluation mode, in its order; as for ``certify``."""
     if not len(inputs):
         raise ValueError("there is no sample in the batch: nothing to certify")
     if not any(isinstance(module, PcDEQ) for module in model.modules()):
         raise ValueError("the model has no pcDEQ block: nothing to certify")
-    visits: list[_Visit] = []
+    found: list[Visit] = []
     hooks = [
         block.deq.register_forward_hook(
-            lambda deq, args, z, name=name, block=block: visits.append(
-                _Visit(name, block, args[0], z, deq.iter_forward)
+            lambda deq, args, z, name=name, block=block: found.append(
+                Visit(name, block, args[0], z, deq.iter_forward)
             )
         )
         for name, block in model.named_modules()
@@ -132,7 +131,7 @@ def _visits(model: nn.Module, inputs: Tensor) -> list[_Visit]:
     finally:
         for hook in hooks:
             hook.remove()
-    return visits
+    return found
 
 
 @contextmanager
@@ -149,7 +148,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 @full_float32()
-def _certify(visit: _Visit, rate_steps: int) -> Certificate:
+def certificate_of(visit: Visit, rate_steps: int = RATE_STEPS) -> Certificate:
+    """The certificate of one use of a block; arguments as for ``certify``."""
     name, block, x, z, observed = visit
     operator = Operator(block.deq.f)
     x, z = x.to(operator.device), z.to(operator.device)
@@ -218,77 +218,3 @@ def _violations(operator: Operator, x: Tensor, z: Tensor) -> tuple[Tensor, list[
             )
             sound &= False if values is weight else ~bad.flatten(1).any(1).cpu()
     return sound.to(x.device), found
-
-
-@dataclass
-class History:
-    """How one block converges on a batch: the data of a picture.
-
-    Attributes:
-        name: of the block in the model.
-        forward: residuals of the stopping rule, evaluation by evaluation, of the plain iteration
-            from 0.
-        backward: the same for the adjoint equation g = Jᵀg + 1, from g = 1, J at the limit above.
-        width: max over the batch of u − l after 0, 1, 2, … directed steps from l = 0 and u = M.
-        rate: the largest ``rate_upper`` of the batch: a line of this slope lies above the tails.
-        tol: of the block's stopping rule.
-    """
-
-    name: str
-    forward: list[float]
-    backward: list[float]
-    width: list[float]
-    rate: float
-    tol: float
-
-
-def history(
-    model: nn.Module, x: Tensor, steps: int = 60, after_step: Callable[[], object] = lambda: None
-) -> list[History]:
-    """Residuals and widths against the iteration, for each block, on one batch; for pictures.
-
-    Everything is iterated in float64, so that lines go on below float32's rounding.
-
-    Args:
-        model: as for ``certify``.
-        x: a batch of its inputs.
-        steps: evaluations to record.
-        after_step: called after each evaluation, 2 · ``steps`` times for each block.
-
-    Returns:
-        One ``History`` for each use of a block, each list ``steps`` long (``width``: one more).
-    """
-    return [_history(visit, steps, after_step) for visit in _visits(model, x)]
-
-
-@torch.no_grad()
-def _history(visit: _Visit, steps: int, after_step: Callable[[], object]) -> History:
-    rate = _certify(visit, RATE_STEPS).rate_upper.max().item()
-    name, block, x, *_ = visit
-    operator = Operator(block.deq.f)
-    x = x.to(operator.device, torch.float64)
-    low, high = torch.zeros_like(x), torch.full_like(x, operator.sigma.supremum)
-    forward, backward, width = [], [], [operator.sigma.supremum]
-    z = low
-    for _ in range(steps):
-        new = operator.sigma.function(operator.argument(z, x))
-        forward.append(_residual(new, z))
-        low = torch.maximum(low, operator.image(low, x, -1))
-        high = torch.minimum(high, operator.image(high, x, 1))
-        width.append((high - low).max().item())
-        z = new
-        after_step()
-    transposed = block.deq.f.W.transpose(operator.weight)
-    slope = operator.slope(operator.argument(z, x), -1)
-    g = torch.ones_like(x)
-    adjoint = block.deq.f.adjoint(slope, g, transposed)
-    for _ in range(steps):
-        new = adjoint(g)
-        backward.append(_residual(new, g))
-        g = new
-        after_step()
-    return History(name, forward, backward, width, rate, block.deq.tolerance)
-
-
-def _residual(new: Tensor, old: Tensor) -> float:
-    return ((new - old).norm() / (new.norm() + EPSILON)).item()

@@ -8,7 +8,7 @@ import torch
 from drawings import lines
 
 from pcdeq import build_network
-from pcdeq.certificates import History, history
+from pcdeq.experiments.convergence import History, history
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.figures import convergence_figure, robustness_figure
 

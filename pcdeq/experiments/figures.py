@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pcdeq.certificates import History
+from pcdeq.experiments.convergence import History
 from pcdeq.experiments.errors import RunError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def convergence_figure(histories: Sequence[History], path: Path) -> Path:
     rate as a dashed line of that slope above them, and the width of the enclosure closing.
 
     Args:
-        histories: of ``pcdeq.certificates.history``, one a block.
+        histories: of ``convergence.history``, one a block.
         path: the figure, without its ending.
 
     Returns:

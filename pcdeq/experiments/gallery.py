@@ -7,9 +7,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pcdeq.block import PcDEQConv2d
-from pcdeq.certificates import history
 from pcdeq.experiments import machine
 from pcdeq.experiments.certifying import robust_accuracy, warn_of_negative_weights
+from pcdeq.experiments.convergence import history
 from pcdeq.experiments.curves import distinct, run_figures
 from pcdeq.experiments.data import test_set
 from pcdeq.experiments.figures import convergence_figure, robustness_figure
