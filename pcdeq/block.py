@@ -119,8 +119,19 @@ class PcDEQConv2d(PcDEQ):
         return super().forward(h.contiguous(memory_format=torch.channels_last))
 
 
+def check_module(model: object) -> None:
+    """Refuses, with a TypeError, what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be an nn.Module, not {type(model).__name__}")
+
+
 def project(model: nn.Module) -> None:
-    """Projects every pcDEQ weight in ``model`` onto the nonnegative orthant, in place."""
+    """Projects every pcDEQ weight in ``model`` onto the nonnegative orthant, in place.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    check_module(model)
     for module in model.modules():
         if isinstance(module, Nonnegative):
             module.clamp()
@@ -131,12 +142,16 @@ def register_projection(
 ) -> torch.utils.hooks.RemovableHandle:
     """Makes ``project(model)`` follow every ``optimizer.step()``; returns the removable handle.
 
+    A copy of the optimizer (``copy.deepcopy``, ``pickle``) has to be registered again: torch drops
+    its hooks.
+
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``optimizer`` is none, or ``model`` is no module.
         ValueError: there is no pcDEQ weight in ``model``, or the optimizer steps none of them.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"the optimizer comes first, then the model, not {type(model).__name__}")
+    if not hasattr(optimizer, "register_step_post_hook") or not isinstance(model, nn.Module):
+        kinds = f"{type(optimizer).__name__} and {type(model).__name__}"
+        raise TypeError(f"the optimizer comes first, then the model, not {kinds}")
     layers = [module for module in model.modules() if isinstance(module, Nonnegative)]
     if not layers:
         raise ValueError("the model has no pcDEQ layer: there is nothing to project")

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pcdeq.block import PcDEQ
+from pcdeq.block import PcDEQ, check_module
 from pcdeq.enclosures import SMALLEST, Operator, enclose, full_float32
 from pcdeq.rates import RATE_STEPS, largest, predicted_iterations, rate_bounds
 
@@ -93,6 +93,7 @@ def certify(model: nn.Module, x: Tensor, rate_steps: int = RATE_STEPS) -> list[C
         One certificate for each use of a block.
 
     Raises:
+        TypeError: the model is no module, or the batch no tensor.
         ValueError: the batch is empty, or the model has no pcDEQ block.
     """
     return [certificate_of(visit, rate_steps) for visit in visits(model, x)]
@@ -111,6 +112,9 @@ class Visit(NamedTuple):
 @torch.no_grad()
 def visits(model: nn.Module, inputs: Tensor) -> list[Visit]:
     """All uses of blocks in one pass in evaluation mode, in its order; as for ``certify``."""
+    check_module(model)
+    if not isinstance(inputs, Tensor):
+        raise TypeError(f"a batch of inputs is a tensor, not {type(inputs).__name__}")
     if not len(inputs):
         raise ValueError("there is no sample in the batch: nothing to certify")
     if not any(isinstance(module, PcDEQ) for module in model.modules()):

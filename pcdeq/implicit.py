@@ -175,7 +175,7 @@ class Equilibrium(nn.Module):
 
 def check_count(name: str, value: object) -> None:
     """Refuses, with a ValueError, what is no whole number from 1 on."""
-    if not isinstance(value, Integral) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a whole number from 1 on, not {value!r}")
 
 

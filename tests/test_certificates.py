@@ -238,3 +238,7 @@ def test_what_has_nothing_to_certify_is_refused():
         certify(nn.Sequential(PcDEQLinear(3)), torch.rand(0, 3))
     with pytest.raises(ValueError, match="no pcDEQ block"):
         certify(nn.Linear(3, 3), torch.rand(2, 3))
+    with pytest.raises(TypeError, match=r"must be an nn\.Module, not Tensor"):
+        certify(torch.rand(2, 3), PcDEQLinear(3))
+    with pytest.raises(TypeError, match="a batch of inputs is a tensor, not list"):
+        certify(PcDEQLinear(3), [[1.0, 2.0, 3.0]])

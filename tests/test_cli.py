@@ -127,7 +127,7 @@ REFUSED = [
         ("mnist", f"-net linear_pcdeq_1 {flag} {value}", f"{flag}.*'{re.escape(value)}' is not")
         for flag, values in {
             "-epochs": "0 -1 1.5 x 9999999999",
-            "-b": "0 -64 nan",
+            "-b": "0 1 -64 nan",
             "-m": "-1 x",
             "-lr": "-0.001 nan inf x",
             "-wd": "-1 nan 1e999",

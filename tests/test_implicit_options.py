@@ -227,6 +227,7 @@ def test_inputs_that_are_not_finite_end_the_solve_at_once():
         ({"tol": float("nan")}, "tol must be a number between 0 and 1, not nan"),
         ({"tol": "1e-3"}, "tol must be a number between 0 and 1, not '1e-3'"),
         ({"max_iter": 0}, "max_iter must be a whole number from 1 on, not 0"),
+        ({"max_iter": True}, "max_iter must be a whole number from 1 on, not True"),
         ({"max_iter": 2.5}, "max_iter must be a whole number from 1 on, not 2.5"),
         ({"max_iter": None}, "max_iter must be a whole number from 1 on, not None"),
         ({"activation": "relu"}, r"'relu'.*tanh, softsign, relu6, sigmoid"),

@@ -21,7 +21,7 @@ from blocks import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pcdeq import Equilibrium, PcDEQConv2d, PcDEQLinear, register_projection
+from pcdeq import Equilibrium, PcDEQConv2d, PcDEQLinear, project, register_projection
 from pcdeq.implicit import PRECISIONS
 
 
@@ -115,8 +115,10 @@ def test_a_projection_of_nothing_is_refused():
     with pytest.raises(ValueError, match="nothing to project"):
         register_projection(torch.optim.SGD(model.parameters()), model)
     block = make("linear")
-    with pytest.raises(TypeError, match="the optimizer comes first, then the model, not SGD"):
+    with pytest.raises(TypeError, match="comes first, then the model, not Linear and SGD"):
         register_projection(model, torch.optim.SGD(model.parameters()))
+    with pytest.raises(TypeError, match=r"the model must be an nn\.Module, not generator"):
+        project(model.parameters())
     with pytest.raises(ValueError, match="steps no pcDEQ weight of this model"):
         register_projection(torch.optim.SGD(model.parameters()), block)
 

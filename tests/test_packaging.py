@@ -19,7 +19,7 @@ def test_every_file_of_the_package_is_installed():
     modules = {path for path in package.rglob("*.py") if (path.parent / "__init__.py").exists()}
     files = {p for p in package.rglob("*") if p.is_file() and p.parent.name != "__pycache__"}
     assert files == data | modules
-    assert [path.name for path in data] == ["mnist_sample.npz"]
+    assert sorted(path.name for path in data) == ["README.md", "mnist_sample.npz"]
 
 
 def test_the_licence_is_named_and_there():

@@ -26,6 +26,7 @@ from pcdeq.experiments.flags import (
     program,
     rate,
     seed,
+    several,
 )
 from pcdeq.experiments.recipes import DEFAULTS, ROWS, default_activation
 from pcdeq.experiments.runs import check_folder
@@ -164,7 +165,7 @@ def _parser(dataset: str, augmentation: bool) -> argparse.ArgumentParser:
            help="passes over the training set (default: %(default)s)")
     recipe("-wd", "--weight-decay", metavar="X", type=rate,
            help="AdamW's weight decay (default: %(default)s)")
-    recipe("-b", "--batch-size", metavar="N", type=count,
+    recipe("-b", "--batch-size", metavar="N", type=several,
            help="images in a step (default: %(default)s)")
     recipe("-m", "--milestone", metavar="N", type=from_zero,
            help="last epoch at the learning rate; a tenth of it after that "

@@ -132,6 +132,11 @@ def _number(
 
 
 count = _number(int, lambda n: 0 < n < 2**31, "a whole number from 1 on")
+several = _number(
+    int,
+    lambda n: 1 < n < 2**31,
+    "a whole number from 2 on, as batch normalisation needs two images",
+)
 from_zero = _number(int, lambda n: 0 <= n < 2**31, "a whole number from 0 on")
 seed = _number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 4294967295")
 rate = _number(float, lambda x: 0 <= x < math.inf, "a finite number from 0 on")
