@@ -1,21 +1,19 @@
 """The equilibrium as a module: z* = f(z*, x) forward, the implicit function theorem backward.
 
-Forward, a solver finds z* without recording a graph. One recorded node then stands for the last
-evaluation of f at z*, and a hook on its output turns ∂L/∂z* into the solution g of the adjoint
-equation g = Jᵀg + ∂L/∂z*, J = ∂f/∂z at z*, before the node hands g on to x and W (Bai, Kolter,
-Koltun, NeurIPS 2019). Memory is z* and the block's input, whatever the iterations.
+To autograd a solve is one node, (x, W) ↦ z*. Forward, a solver finds z* without recording a graph.
+Backward, the same solver turns ∂L/∂z* into the solution g of the adjoint equation
+g = Jᵀg + ∂L/∂z*, J = ∂f/∂z at z*, and the evaluation z* = f(z*, x) hands g on to x and W (Bai,
+Kolter, Koltun, NeurIPS 2019). Memory is z* and the block's input, whatever the iterations.
 
-At the fixed point σ'(Wz* + x) is known from z* = σ(Wz* + x) itself: neither the node nor the
-hook evaluates the layer again.
+At the fixed point σ'(Wz* + x) is known from z* = σ(Wz* + x) itself: nothing evaluates the layer
+again.
 """
 
-import functools
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from pcdeq.layers import ConcaveLayer
 from pcdeq.refinement import BF16_TOL, LOW, Linearised, refine
@@ -117,36 +115,26 @@ class Equilibrium(nn.Module):
 
     def _solved(self, x: Tensor) -> Tensor:
         weight = self.f.W.weight()  # W, once for the whole solve
-        with torch.no_grad(), _no_autocast(x):
-            z = self._solve_forward(x, weight)
-        if not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
-            return z
-        z_star = _AtEquilibrium.apply(z, x, weight, self)
-        # The hook holds z, not z_star: a hook that holds its own tensor is a reference cycle.
-        z_star.register_hook(functools.partial(self._solve_adjoint, z, weight.detach()))
-        return z_star.view_as(z_star)  # whose gradient, where someone looks at it, is ∂L/∂z*
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            return _FixedPoint.apply(x, weight, self)
+        with torch.no_grad():
+            return self._solve_forward(x, weight)
 
     def _solve_forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """z = σ(Wz + x), from z = 0."""
-
         derivative = self.f.activation.derivative
 
         def iteration(dtype: torch.dtype) -> Linearised:
             W, b = weight.to(dtype), x.to(dtype)
             return Linearised(self.f.at(b, W), lambda fz, r: self.f.tangent(derivative(fz), r, W))
 
-        z, self.forward_solve = self._solve(iteration, None, nonnegative=True)
+        with _no_autocast(x):
+            z, self.forward_solve = self._solve(iteration, None, nonnegative=True)
         return z
 
-    def _solve_adjoint(self, z: Tensor, weight: Tensor, grad: Tensor | None) -> Tensor | None:
+    def _solve_adjoint(self, z: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
         """g = Jᵀg + ∂L/∂z*, from g = ∂L/∂z*; Jᵀg = Wᵀ(σ'∘g)."""
-        if grad is None:  # as autograd says that L does not depend on z*
-            return None
-        if torch.is_grad_enabled():  # autograd would drop what runs through here without a word
-            raise RuntimeError(
-                "a pcDEQ block is differentiable once: create_graph=True is not supported"
-            )
-        derivative = self.f.activation.derivative
+        derivative, transposed = self.f.activation.derivative, self.f.W.transpose(weight)
 
         def iteration(dtype: torch.dtype) -> Linearised:
             Wt, b, slope = transposed.to(dtype), grad.to(dtype), derivative(z).to(dtype)
@@ -154,8 +142,7 @@ class Equilibrium(nn.Module):
                 self.f.adjoint(slope, b, Wt), lambda _, r: self.f.adjoint(slope, r, Wt)
             )
 
-        with torch.no_grad(), _no_autocast(z):
-            transposed = self.f.W.transpose(weight)
+        with _no_autocast(z):
             g, self.backward_solve = self._solve(iteration, grad, nonnegative=False)
         return g
 
@@ -179,30 +166,33 @@ def check_count(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a whole number from 1 on, not {value!r}")
 
 
-class _AtEquilibrium(torch.autograd.Function):
-    """The recorded evaluation z* = σ(Wz* + x), as a function of x and W; its value is known.
+class _FixedPoint(torch.autograd.Function):
+    """(x, W) ↦ z*, with the gradient of the implicit function theorem.
 
-    Backward, with y = σ'∘g for the g that the hook has solved for: ∂x = y, ∂W = ∂⟨y, Wz*⟩/∂W.
+    With the adjoint solution g and y = σ'∘g: ∂x = y, ∂W = ∂⟨y, Wz*⟩/∂W.
     """
 
     @staticmethod
-    def forward(ctx, z: Tensor, x: Tensor, weight: Tensor, equilibrium: Equilibrium) -> Tensor:
-        ctx.save_for_backward(z)
+    def forward(ctx, x: Tensor, weight: Tensor, equilibrium: Equilibrium) -> Tensor:
+        z = equilibrium._solve_forward(x, weight)
+        ctx.save_for_backward(z, weight)
         ctx.equilibrium = equilibrium
-        return z.view_as(z)
+        return z
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, g: Tensor) -> tuple[None, Tensor, Tensor | None, None]:
-        (z,) = ctx.saved_tensors
-        equilibrium = ctx.equilibrium
-        y = equilibrium.f.activation.vjp(g, z)
-        if not ctx.needs_input_grad[2]:
-            return None, y, None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a pcDEQ block is differentiable once: create_graph=True is not supported"
+            )
+        (z, weight), equilibrium = ctx.saved_tensors, ctx.equilibrium
+        y = equilibrium.f.activation.vjp(equilibrium._solve_adjoint(z, weight, grad), z)
+        if not ctx.needs_input_grad[1]:
+            return y, None, None
         dtype = LOW if equilibrium.only_low else z.dtype
         with _no_autocast(z):
             dW = equilibrium.f.W.weight_gradient(z.to(dtype), y.to(dtype)).to(z.dtype)
-        return None, y, dW, None
+        return y, dW, None
 
 
 def _no_autocast(t: Tensor) -> AbstractContextManager:
