@@ -9,7 +9,7 @@ from pcdeq.block import PcDEQConv2d, PcDEQLinear, project, register_projection
 from pcdeq.certificates import Certificate, certify
 from pcdeq.implicit import Equilibrium
 from pcdeq.networks import NETWORKS, Network, build_network
-from pcdeq.robustness import robust
+from pcdeq.robustness import logit_bounds, robust
 from pcdeq.solvers import SOLVERS
 from pcdeq.weights import CheckpointError, load_network, load_weights
 
@@ -30,6 +30,7 @@ __all__ = [
     "certify",
     "load_network",
     "load_weights",
+    "logit_bounds",
     "project",
     "register_projection",
     "robust",

@@ -57,8 +57,10 @@ class Activation:
         """σ'(s) as a function of v = σ(s), for s ≥ 0; shape and dtype of v."""
         return self.vjp(torch.ones_like(v), v)
 
-    def __reduce__(self) -> tuple:
-        return get_activation, (self.name,)  # pickled and copied as its name
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        if ACTIVATIONS.get(self.name) is self:
+            return get_activation, (self.name,)  # pickled and copied as its name
+        return super().__reduce_ex__(protocol)
 
 
 def _tanh_(s: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pcdeq.certificates import evaluating
+from pcdeq.implicit import check_count
+from pcdeq.modes import evaluating, frozen
 from pcdeq.rates import per_sample
 
 
@@ -33,11 +34,15 @@ def attack(
         lower, upper: corners of the boxes, as the network sees its inputs, shape of x.
         target: classes, shape (B,).
         steps: gradients to take.
+
+    Raises:
+        ValueError: ``steps`` is no whole number from 1 on.
     """
+    check_count("steps", steps)
     stride = (upper - lower) * (1.25 / steps)
     points = x.clamp(lower, upper)
     worst = Attack(points, points.new_full((len(points),), torch.inf))
-    with evaluating(model), torch.enable_grad():
+    with evaluating(model), frozen(model), torch.enable_grad():
         for step in range(steps + 1):
             points = points.detach().requires_grad_(step < steps)
             margin = _margin(model(points), target)

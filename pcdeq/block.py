@@ -82,7 +82,7 @@ class PcDEQLinear(PcDEQ):
         Raises:
             ValueError: the last axis is not as long as the layer is wide.
         """
-        features = len(self.deq.f.W.weight_v)
+        features = self.deq.f.W.width
         if h.ndim == 0 or h.shape[-1] != features:
             raise ValueError(f"vectors must be of shape (…, {features}), not {(*h.shape,)}")
         if h.ndim == 2:
@@ -113,7 +113,7 @@ class PcDEQConv2d(PcDEQ):
         Raises:
             ValueError: h is no batch of images with so many channels.
         """
-        channels = len(self.deq.f.W.weight_v)
+        channels = self.deq.f.W.width
         if h.ndim != 4 or h.shape[1] != channels:
             raise ValueError(f"images must be of shape (B, {channels}, H, W), not {(*h.shape,)}")
         return super().forward(h.contiguous(memory_format=torch.channels_last))

@@ -12,8 +12,6 @@ The bounds hold with rounding; what each rests on stands where it is computed.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 
 from pcdeq.block import PcDEQ, check_module
 from pcdeq.enclosures import SMALLEST, Operator, enclose, full_float32
+from pcdeq.modes import evaluating
 from pcdeq.rates import RATE_STEPS, largest, predicted_iterations, rate_bounds
 
 
@@ -43,9 +42,10 @@ class Certificate:
         width: max over components of u − l, shape (B,).
         error: bound on ‖ẑ − z*‖∞ for the network's own output ẑ, shape (B,): the largest of
             |ẑ − l| and |u − ẑ|. The stopping rule, over the whole batch, bounds no sample's error.
-        rate_lower: ρ(J) ≥ this at z* and at ẑ, shape (B,).
-        rate_upper: ρ(J) ≤ this at z* and at ẑ, shape (B,). Below 1, the implicit gradient's linear
-            system, whose J is taken at ẑ, is solvable and its iteration converges.
+        rate_lower: ρ(J) ≥ this, shape (B,), for J at z* and for the implicit gradient's, whose σ'
+            is taken in the value of ẑ.
+        rate_upper: ρ(J) ≤ this, shape (B,), for the same two. Below 1, the implicit gradient's
+            linear system is solvable and its iteration converges.
         iterations: evaluations of f that the enclosure took, float32 and float64 together.
         predicted: at most so many evaluations does the plain iteration from 0 need to meet the
             block's tolerance on this sample alone, shape (B,); for the batch, the largest one.
@@ -87,7 +87,8 @@ def certify(model: nn.Module, x: Tensor, rate_steps: int = RATE_STEPS) -> list[C
     Args:
         model: any module with pcDEQ blocks; it runs once, in evaluation mode, which is restored.
         x: a batch of the model's inputs, of the shape and dtype that it takes.
-        rate_steps: power steps for the bounds on the rate; more bring them closer together.
+        rate_steps: power steps for the bounds on the rate; more bring them closer together, until
+            little is left to gain.
 
     Returns:
         One certificate for each use of a block.
@@ -115,6 +116,8 @@ def visits(model: nn.Module, inputs: Tensor) -> list[Visit]:
     check_module(model)
     if not isinstance(inputs, Tensor):
         raise TypeError(f"a batch of inputs is a tensor, not {type(inputs).__name__}")
+    if inputs.ndim == 0:
+        raise ValueError("a batch of inputs has its samples along the first axis, not no axis")
     if not len(inputs):
         raise ValueError("there is no sample in the batch: nothing to certify")
     if not any(isinstance(module, PcDEQ) for module in model.modules()):
@@ -138,18 +141,6 @@ def visits(model: nn.Module, inputs: Tensor) -> list[Visit]:
     return found
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards each module is in the mode in which it was."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 @torch.no_grad()
 @full_float32()
 def certificate_of(visit: Visit, rate_steps: int = RATE_STEPS) -> Certificate:
@@ -169,9 +160,9 @@ def certificate_of(visit: Visit, rate_steps: int = RATE_STEPS) -> Certificate:
         x_sound, z_sound = (x, z.double()) if sound.all() else (x[sound], z[sound].double())
         enclosure = enclose(operator, x_sound)
         lower[sound], upper[sound], iterations = enclosure[:3]
-        low = torch.minimum(enclosure.lower, z_sound)
-        high = torch.maximum(enclosure.upper, z_sound)
-        rate_lower[sound], rate_upper[sound] = rate_bounds(operator, x_sound, low, high, rate_steps)
+        rate_lower[sound], rate_upper[sound] = rate_bounds(
+            operator, x_sound, enclosure.lower, enclosure.upper, rate_steps, z_sound
+        )
         predicted[sound] = predicted_iterations(
             operator, enclosure.ladder, enclosure.upper, block.deq.tolerance
         )

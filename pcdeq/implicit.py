@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pcdeq.layers import ConcaveLayer
-from pcdeq.refinement import BF16_TOL, LOW, Linearised, refine
+from pcdeq.refinement import LOW, Linearised, refine
 from pcdeq.solvers import SOLVERS, Solve
 
 PRECISIONS = ("fp32", "mixed", "bf16")
@@ -30,10 +30,10 @@ class Equilibrium(nn.Module):
         f: the positive concave layer.
         solver: ``"picard"`` or ``"anderson"``, for the forward and the adjoint equation.
         precision: of the solves. ``"fp32"``: the parameters' own. ``"mixed"``: bfloat16, refined
-            until the rule holds in the parameters' precision. ``"bf16"``: bfloat16, to a tolerance
-            of 2⁻⁸ or ``tol``, whichever is larger; the result is in the parameters' precision.
-            A float64 model computes in float64 whatever is said here.
-        tol: relative tolerance of the stopping rule.
+            until the rule holds in the parameters' precision. ``"bf16"``: bfloat16; the result is
+            in the parameters' precision. A float64 model computes in float64 whatever is said here.
+        tol: relative tolerance of the stopping rule; at least the unit roundoff of the precision
+            in which it is to hold counts (2⁻⁸ in bfloat16).
         max_iter: largest number of evaluations of one solve.
 
     Attributes:
@@ -41,7 +41,7 @@ class Equilibrium(nn.Module):
         backward_solve: the same of the last adjoint solve.
 
     Raises:
-        ValueError: an option is none of the above.
+        ValueError: an option is none of the above, now or where it is set later.
     """
 
     def __init__(
@@ -53,16 +53,6 @@ class Equilibrium(nn.Module):
         max_iter: int = 200,
     ):
         super().__init__()
-        if solver not in SOLVERS:
-            raise ValueError(f"unknown solver {solver!r}: choose from {', '.join(SOLVERS)}")
-        if precision not in PRECISIONS:
-            raise ValueError(
-                f"unknown precision {precision!r}: choose from {', '.join(PRECISIONS)}"
-            )
-        # At 1 the first evaluation, whatever it is, would be the last.
-        if not isinstance(tol, Real) or not 0 < tol < 1:
-            raise ValueError(f"tol must be a number between 0 and 1, not {tol!r}")
-        check_count("max_iter", max_iter)
         self.f = f
         self.solver = solver
         self.precision = precision
@@ -70,6 +60,11 @@ class Equilibrium(nn.Module):
         self.max_iter = max_iter
         self.forward_solve: Solve | None = None
         self.backward_solve: Solve | None = None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in OPTIONS:
+            _check_option(name, value)
+        super().__setattr__(name, value)
 
     @property
     def iter_forward(self) -> int:
@@ -87,19 +82,22 @@ class Equilibrium(nn.Module):
         return self.f.W.weight_v.dtype
 
     @property
-    def low_precision(self) -> bool:
+    def uses_low(self) -> bool:
         """Whether solves use bfloat16."""
         return self.precision != "fp32" and self.dtype == torch.float32
 
     @property
     def only_low(self) -> bool:
-        """Whether they, the gradient of W and the convolutions in between use nothing else."""
-        return self.precision == "bf16" and self.low_precision
+        """Whether solves, the gradient of W and the convolutions between blocks use it alone."""
+        return self.precision == "bf16" and self.uses_low
 
     @property
     def tolerance(self) -> float:
-        """Where the stopping rule ends a solve."""
-        return max(self.tol, BF16_TOL) if self.only_low else self.tol
+        """Where the stopping rule ends a solve: at ``tol``, or the unit roundoff of its dtype.
+
+        Iterates in that dtype may never come closer to each other.
+        """
+        return max(self.tol, torch.finfo(LOW if self.only_low else self.dtype).eps / 2)
 
     def extra_repr(self) -> str:
         return (
@@ -150,7 +148,7 @@ class Equilibrium(nn.Module):
         """One solve in the precision asked for: the solution in ``dtype``, and its figures."""
         solver, dtype = SOLVERS[self.solver], self.dtype
         rule = {"tol": self.tolerance, "max_iter": self.max_iter, "nonnegative": nonnegative}
-        if not self.low_precision:
+        if not self.uses_low:
             solve = solver(iteration(dtype).f, start, **rule)
         elif not self.only_low:
             solve = refine(iteration, start, solver=solver, dtype=dtype, **rule)
@@ -158,6 +156,17 @@ class Equilibrium(nn.Module):
             start = None if start is None else start.to(LOW)
             solve = solver(iteration(LOW).f, start, **rule)._replace(full=0)
         return solve.z.to(dtype), solve._replace(z=None)
+
+
+def _check_option(name: str, value: object) -> None:
+    choices = {"solver": SOLVERS, "precision": PRECISIONS}.get(name)
+    if choices and value not in choices:
+        raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(choices)}")
+    # At 1 the first evaluation, whatever it is, would be the last.
+    if name == "tol" and not (isinstance(value, Real) and 0 < value < 1):
+        raise ValueError(f"tol must be a number between 0 and 1, not {value!r}")
+    if name == "max_iter":
+        check_count(name, value)
 
 
 def check_count(name: str, value: object) -> None:

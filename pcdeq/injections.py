@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from pcdeq.processor import AMD_AVX512
 
 BETA = 5.0
-IDENTITY = 40.0  # βh from where on log(1 + e^{βh}) is βh to all digits, of float64 too
+LINEAR = 40.0  # βh from where on log(1 + e^{βh}) is βh to all digits, of float64 too
 
 
 def positive(h: Tensor) -> Tensor:
@@ -31,14 +31,14 @@ class _Softplus(torch.autograd.Function):
         ctx.save_for_backward(h)
         # Older versions of torch for Apple's GPUs take log(1 + e^{βh}) as it stands.
         passes = (AMD_AVX512 and h.device.type == "cpu") or h.device.type == "mps"
-        x = _by_passes(h) if passes else F.softplus(h, BETA, IDENTITY)
+        x = _by_passes(h) if passes else F.softplus(h, BETA, LINEAR)
         return x.clamp_(min=torch.finfo(h.dtype).tiny)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
         (h,) = ctx.saved_tensors
-        return torch.ops.aten.softplus_backward.default(grad, h, BETA, IDENTITY)
+        return torch.ops.aten.softplus_backward.default(grad, h, BETA, LINEAR)
 
 
 def _by_passes(h: Tensor) -> Tensor:

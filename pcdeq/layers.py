@@ -33,7 +33,7 @@ CONVOLUTION_PLUS = _convolution_plus()  # in bfloat16, where the processor has i
 
 
 def _is_recorded() -> bool:
-    """Whether operators must be such as have a derivative, and are known to torch's tracers."""
+    """Whether someone looks on, autograd or a tracer: no in-place operators, none of oneDNN's."""
     return torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
@@ -53,12 +53,17 @@ class Nonnegative(nn.Module):
         self.weight_g = nn.Parameter(_row_norms(v))
         self.weight_v = nn.Parameter(v)
 
+    @property
+    def width(self) -> int:
+        """n: features, or channels."""
+        return len(self.weight_v)
+
     def weight(self) -> Tensor:
         """W = g·v/‖v‖, shape of v, recorded by autograd. A row with v = 0 is a row W = 0."""
         return _WeightNorm.apply(self.weight_v, self.weight_g)
 
     def extra_repr(self) -> str:
-        return f"{len(self.weight_v)}"
+        return f"{self.width}"
 
     @torch.no_grad()
     def clamp(self) -> None:

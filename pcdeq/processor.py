@@ -2,7 +2,7 @@
 
 Measured on a Xeon with AMX, a Zen 4 (AVX-512) and a Zen 3 (AVX2): torch's AVX-512 kernels of tanh
 and log1p in float32 are slow on an AMD, and on an Intel they are not; nor are its AVX2 kernels. Its
-tanh in bfloat16 is slow with AVX-512 alone.
+tanh in bfloat16 is slow with AVX-512, and not with AVX2.
 """
 
 from pathlib import Path

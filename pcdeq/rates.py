@@ -23,23 +23,33 @@ THRESHOLDS = (0.0, 1e-6, 1e-4, 1e-2, 0.1, 0.3)
 
 
 def rate_bounds(
-    operator: Operator, x: Tensor, low: Tensor, high: Tensor, steps: int = RATE_STEPS
+    operator: Operator,
+    x: Tensor,
+    low: Tensor,
+    high: Tensor,
+    steps: int = RATE_STEPS,
+    output: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Bounds on ρ(J(z)) for every z with low ≤ z ≤ high, rounding included.
 
     σ is concave, so J(z) = diag(σ'(Wz + x))·W falls as z rises, and with it ρ (Perron, Frobenius):
     ρ(J(high)) ≤ ρ(J(z)) ≤ ρ(J(low)). By Collatz and Wielandt ρ(J) ≤ maxᵢ (Jv)ᵢ/vᵢ for every v > 0,
     and ρ(J) ≥ min (Jw)ᵢ/wᵢ over the support of any w ≥ 0. Any vectors will do, so they come from
-    float32 power steps, and one float64 product each gives the bounds. v and w start at ``high``:
-    J(z*)z* ≤ z* − σ(x) by concavity, and no step on v makes its bound worse.
+    float32 power steps, and one float64 product each gives the bounds. v and w start at ``high``,
+    where v = z* has J(z*)z* ≤ z* − σ(x) by concavity.
 
     At relu6's kink at 6 the derivative is taken as 1 in J(low) and as 0 in J(high).
+
+    The implicit gradient's J has the slope σ' that an output ẑ = σ(Wz + x) gives in its own value,
+    where the iterate z before it may lie outside of [low, high]: with ``output`` its ρ lies between
+    the bounds as well.
 
     Args:
         operator: the layer.
         x: injected values, shape (B, …).
         low, high: float64, shape of x.
         steps: power steps.
+        output: ẑ, float64, shape of x.
 
     Returns:
         Lower and upper bounds, shape (B,) each.
@@ -47,6 +57,10 @@ def rate_bounds(
     x = x.double()
     steep = operator.slope(operator.argument(low, x), 1)  # σ' at low, from above
     flat = operator.slope(operator.argument(high, x), -1)  # σ' at high, from below
+    if output is not None:
+        own = operator.sigma.derivative(output)
+        steep = torch.maximum(steep, own + 4 * UNIT)
+        flat = torch.minimum(flat, (own - 4 * UNIT).clamp_(min=0))
     weight = operator.weight.float()
     apply = operator.layer.W.apply
 

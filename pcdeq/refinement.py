@@ -14,8 +14,7 @@ from torch import Tensor
 from pcdeq.solvers import Map, Solve, norm, relative
 
 LOW = torch.bfloat16  # the low precision
-BF16_TOL = 2.0**-8  # its unit roundoff: the least residual that it can be asked for
-ROUGH_TOL = BF16_TOL  # of the first solve in bfloat16
+ROUGH_TOL = 2.0**-8  # of the first solve in bfloat16: its unit roundoff
 CORRECTION_TOL = 0.02  # of a correction: small already, a few percent of it are enough
 
 

@@ -61,11 +61,14 @@ def robust(model: nn.Sequential, lower: Tensor, upper: Tensor, target: Tensor) -
 
     Raises:
         TypeError: the model is no ``nn.Sequential``, a layer has no interval image here, or one has
-            a ``forward`` of its own or a hook; or a corner is no tensor of floating dtype.
+            a ``forward`` of its own or a hook; or a corner is no tensor of floating dtype, or the
+            targets are no tensor.
         ValueError: a lower corner is above the upper one, a target is no class, the corners differ
             in shape, or a layer does not take inputs of that shape.
     """
     _check_corners(lower, upper)
+    if not isinstance(target, Tensor):
+        raise TypeError(f"targets are a tensor of classes, not {type(target).__name__}")
     if target.shape != lower.shape[:1]:
         raise ValueError(
             f"targets of shape (B,) are needed, B = {len(lower)}, not {(*target.shape,)}"
@@ -109,18 +112,22 @@ def _layers(model: nn.Sequential) -> Iterator[nn.Module]:
         if isinstance(layer, nn.Sequential):
             yield from _layers(layer)
         else:
-            _check_forward(layer)
+            for module in layer.modules():
+                _check_forward(module)
             yield layer
 
 
 def _check_forward(module: nn.Module) -> None:
     """Refuses a module that does something else than its class is known for."""
-    name = type(module).__name__
-    known = type(module).forward.__module__.startswith(("torch.nn.", "pcdeq."))
-    if not known or "forward" in vars(module):
-        raise TypeError(f"no interval image is known for {name}, which has a forward of its own")
+    kind = type(module)
+    methods = [getattr(kind, name) for name in ("forward", "inject") if hasattr(kind, name)]
+    known = all(method.__module__.startswith(("torch.nn.", "pcdeq.")) for method in methods)
+    if not known or vars(module).keys() & {"forward", "inject"}:
+        raise TypeError(
+            f"no interval image is known for {kind.__name__}, which has a forward of its own"
+        )
     if module._forward_hooks or module._forward_pre_hooks:
-        raise TypeError(f"no interval image is known for {name} with a forward hook")
+        raise TypeError(f"no interval image is known for {kind.__name__} with a forward hook")
 
 
 def _check_corners(lower: Tensor, upper: Tensor) -> None:
@@ -138,9 +145,9 @@ def _takes(layer: nn.Module, shape: torch.Size) -> bool:
         case nn.Linear():
             return shape[-1:] == (layer.in_features,)
         case PcDEQLinear():
-            return shape[-1:] == (len(layer.deq.f.W.weight_v),)
+            return shape[-1:] == (layer.deq.f.W.width,)
         case PcDEQConv2d():
-            return len(shape) == 4 and shape[1] == len(layer.deq.f.W.weight_v)
+            return len(shape) == 4 and shape[1] == layer.deq.f.W.width
         case nn.Conv2d():
             return len(shape) == 4 and shape[1] == layer.in_channels
         case nn.modules.batchnorm._BatchNorm():
@@ -235,6 +242,8 @@ def _(layer: PcDEQ, box: Box) -> Box:
 @image.register(nn.MaxPool2d)
 @image.register(nn.Flatten)
 def _(layer: nn.Module, box: Box) -> Box:
+    if getattr(layer, "return_indices", False):
+        raise TypeError(f"no interval image is known for {layer}")
     return Box(layer(box.lower), layer(box.upper))
 
 
@@ -245,6 +254,8 @@ def _(layer: nn.ReLU, box: Box) -> Box:
 
 @image.register
 def _(layer: nn.AvgPool2d, box: Box) -> Box:
+    if layer.divisor_override is not None:  # it may be negative
+        raise TypeError(f"no interval image is known for {layer}")
     gamma = (math.prod(_pair(layer.kernel_size)) + 4) * UNIT
     lower, upper = box
     return Box(layer(lower) - gamma * layer(lower.abs()), layer(upper) + gamma * layer(upper.abs()))

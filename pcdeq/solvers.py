@@ -58,7 +58,8 @@ def picard(
         z: the start, any shape with the batch in front, or ``None`` for the origin.
         tol: relative tolerance of the stopping rule.
         max_iter: largest number of evaluations; where it is reached, ``converged`` is false.
-        nonnegative: for Anderson; a plain step stays where f maps to.
+        nonnegative: makes no difference here (see ``anderson``): a plain step stays where f maps
+            to.
     """
     return _iterate(f, z, _plain, tol, max_iter)
 

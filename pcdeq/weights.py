@@ -8,6 +8,7 @@ flipped bits as silently wrong weights.
 """
 
 import os
+import stat
 import zipfile
 from pathlib import Path
 
@@ -51,10 +52,11 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     """
     path = Path(path)
     try:
-        if path.is_dir():
+        mode = path.stat().st_mode  # which, unlike is_file, says why it cannot
+        if stat.S_ISDIR(mode):
             raise CheckpointError(f"{path} is a folder: name best.pth or last.pth in it")
-        if not path.is_file():
-            raise CheckpointError(f"{path}: there is no such file or folder")
+        if not stat.S_ISREG(mode):
+            raise CheckpointError(f"{path} is no ordinary file")
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged:
@@ -62,6 +64,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{path}: there is no such file or folder") from None
     except zipfile.BadZipFile as error:
         raise CheckpointError(
             f"{path} is no checkpoint as torch saves them since 1.6, or is damaged"

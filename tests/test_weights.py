@@ -310,6 +310,10 @@ def test_no_file_and_no_directory(tmp_path):
     assert "no such file" in refusal(tmp_path / "none.pth")
     assert "cannot be read" in refusal(tmp_path / ("x" * 300))
     assert "is a folder: name best.pth or last.pth in it" in refusal(tmp_path)
+    (tmp_path / "file").touch()
+    assert "no such file" in refusal(tmp_path / "file" / "none.pth")
+    os.mkfifo(tmp_path / "pipe")
+    assert "is no ordinary file" in refusal(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"hello\n" * 1000, pickle.dumps({"a": 1})])

@@ -217,4 +217,9 @@ def format_robustness(rows: Sequence[dict[str, Any]]) -> str:
         f"  {row['radius']:<6g}  {row['certified']:>7.2f} %  {row['attacked']:>6.2f} %"
         for row in rows
     ]
+    if broken := sum(row["contradictions"] for row in rows):
+        lines.append(
+            f"warning: {broken} proved and broken all the same: the network as run is too far from "
+            "its fixed points (a smaller --tol helps), or this is a bug"
+        )
     return "\n".join(lines)

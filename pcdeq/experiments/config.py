@@ -12,7 +12,15 @@ from pcdeq.experiments.recipes import row_name
 
 @dataclass
 class RunConfig:
-    """One run, as the flags of the training scripts describe it."""
+    """One run: a field for each flag, with the flag's default where that is the same for all sets.
+
+    Attributes:
+        dataset: ``"mnist"``, ``"svhn"`` or ``"cifar"``; of ``net`` and ``activation`` the names.
+        lr, weight_decay: of AdamW.
+        epochs, batch_size: whole numbers from 1 on; the batch is that of all processes together.
+        milestone: the last epoch at ``lr``.
+        augment: ``--aug``. The others are named as their flags.
+    """
 
     dataset: str
     net: str

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from pcdeq.experiments.data import ImageSet
 from pcdeq.experiments.parallel import ALONE, Processes
+from pcdeq.modes import evaluating
 from pcdeq.networks import Network
 
 BATCH_SIZE = 500
@@ -57,7 +58,7 @@ def evaluate(
     """Evaluates ``model`` on all of ``images``, in evaluation mode and without a graph.
 
     Args:
-        model: the network; its mode (training or evaluation) is restored afterwards.
+        model: the network; the modes of its modules are restored afterwards.
         images: the test set, on the model's device.
         batch_size: images a batch.
         processes: the processes that share the work; all of them get the same figures, apart
@@ -67,10 +68,9 @@ def evaluate(
     Returns:
         The figures over the whole set.
     """
-    mode, start = model.training, time.perf_counter()
+    start = time.perf_counter()
     losses, correct, solves = [], [], []
-    model.eval()
-    try:
+    with evaluating(model):
         for first in range(processes.rank * batch_size, len(images), processes.world * batch_size):
             x, y = images.batch(slice(first, first + batch_size))
             logits = model(x)  # (B, classes)
@@ -78,8 +78,6 @@ def evaluate(
             correct.append((logits.argmax(1) == y).sum())
             solves += [block.deq.forward_solve for block in model.blocks]
             after_batch()
-    finally:
-        model.train(mode)
     loss, right, iterations, count, unconverged = processes.sum(
         total(losses),
         total(correct),

@@ -6,6 +6,8 @@ databases and editors; see the man page of rename(2)).
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -47,14 +49,14 @@ def write_whole(path: Path, data: bytes, *, obsolete: Path | None = None) -> Non
         raise RunError(message) from None
 
 
-def lock(file: BinaryIO | int) -> bool:
+def lock(file: BinaryIO | int, *, wait: bool = False) -> bool:
     """Locks an open file or folder for as long as any process holds it open; False where one does.
 
-    Always true where the system has no such locks.
+    With ``wait``, until that one has closed it. Always true where the system has no such locks.
     """
     if fcntl is not None:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             return False
         except OSError:  # a file system without locks
@@ -82,17 +84,33 @@ def make_and_lock(folder: Path) -> int | None:
         os.close(handle)  # who had it has removed it meanwhile: the lock would be of no folder
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Waits until no other process is in here with this folder; nothing on Windows."""
+    if os.name == "nt":
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        lock(handle, wait=True)
+        yield
+    finally:
+        os.close(handle)
+
+
 def temporary(path: Path) -> Path:
     """Where a file is written before it is renamed to ``path``."""
     return path.with_name(f".{path.name}.tmp")
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename in the folder last through a power cut."""
-    if os.name == "nt":  # has no such thing
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Makes a rename in the folder last through a power cut, where the system can.
+
+    Windows and some network file systems cannot; the file is there all the same.
+    """
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

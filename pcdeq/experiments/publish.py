@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from pcdeq.experiments.errors import RunError
-from pcdeq.experiments.files import write_whole
+from pcdeq.experiments.files import alone_in, write_whole
 from pcdeq.experiments.recipes import ROWS
 from pcdeq.experiments.results import Result
 from pcdeq.experiments.runs import LAST
@@ -69,8 +69,9 @@ def publish(folder: str | Path, result: Result, directory: str | Path) -> Path |
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{result.row}.pth"
-    write_whole(path, buffer.getvalue())
-    _note(path, result, hashlib.sha256(buffer.getvalue()).hexdigest())
+    with alone_in(directory):  # the table is read and written again
+        write_whole(path, buffer.getvalue())
+        _note(path, result, hashlib.sha256(buffer.getvalue()).hexdigest())
     return path
 
 

@@ -4,7 +4,7 @@ A run is a plain training command with ``--resume``, so whatever happens here co
 the epoch in progress. Its output goes to a log beside its folder. The log is locked (flock) through
 the very descriptor that the run writes to, so the lock lives and dies with the run: a scheduler
 that was killed leaves runs that finish on their own, and the next one waits for those instead of
-writing into their folders. Nothing else is shared, no state is kept.
+writing into their folders. No state is kept.
 """
 
 import os

@@ -33,7 +33,7 @@ class Leaving:
 
     What a handler raises gets lost where it meets a destructor or a bare ``except``, of which big
     libraries have some: the signal is remembered, and ``Signals`` inside ends the run by it. One
-    that was to be ignored, as in a shell's background, stays so.
+    that was to be ignored, as in a shell's background, stays so here; ``Signals`` hears all.
 
     Attributes:
         number: of the last signal, 0 before.
