@@ -1,6 +1,7 @@
 """σ: each entry of the table against what the theory asks of it, and against autograd."""
 
 import copy
+import dataclasses
 import pickle
 import types
 
@@ -155,6 +156,12 @@ def test_is_nondecreasing_and_concave(activation, a, b, t):
 def test_is_copied_and_pickled_as_its_name(activation):
     assert copy.deepcopy(activation) is activation
     assert pickle.loads(pickle.dumps(activation)) is activation
+
+
+def test_one_of_its_own_is_copied_as_it_is():
+    own = dataclasses.replace(ACTIVATIONS["softsign"], supremum=2.0)
+    for copied in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
+        assert copied == own and copied.supremum == 2 and copied is not ACTIVATIONS["softsign"]
 
 
 def test_allowed_names_the_default_first():

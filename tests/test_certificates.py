@@ -207,7 +207,7 @@ def test_what_is_certified_does_not_depend_on_an_autocast():
 
 
 def test_a_gradient_that_may_not_converge_is_not_certified():
-    """A solve stopped early: z* is certified, J at the output ẑ is not below 1."""
+    """A solve stopped early: z* is certified, the J that its output gives is not below 1."""
     block = block_of(torch.tensor([[3.0]]), "tanh")
     block.deq.max_iter = 1
     c = certificate(block, torch.tensor([[0.01]]))
@@ -219,23 +219,47 @@ def test_a_gradient_that_may_not_converge_is_not_certified():
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.5])
-def test_rates_hold_at_the_fixed_point_and_at_the_output(factor):
-    """The J of the implicit gradient is taken at ẑ, wherever the solve has left it."""
+def test_rates_hold_at_the_fixed_point_and_for_the_implicit_gradient(factor):
+    """Its σ' is that of the value ẑ = σ(Wz + x), wherever the solve has left it."""
     block = block_of(random_weight(6, 1.5, 1.0, 4), "tanh")
     x = torch.full((1, 6), 0.05)
     exact = certificate(block, x)
-    block.deq._solve_forward = lambda x, weight: (factor * exact.lower).float()
+    output = (factor * exact.lower).clamp(max=0.99).float()
+    block.deq._solve_forward = lambda x, weight: output
     c = certificate(block, x)
     weight = block.deq.f.W.weight().detach().double()
-    for z in (exact.lower, factor * exact.lower):
-        slopes = 1 / (z @ weight.t() + x).cosh() ** 2
+    for z in (exact.lower, output.double()):
+        slopes = 1 - z**2  # tanh' in its own value
         radius = spectral_radius(slopes.t() * weight)
         assert c.rate_lower[0] <= radius + 1e-6 and radius - 1e-6 <= c.rate_upper[0]
+
+
+def test_what_is_certified_converges_where_one_sample_of_a_batch_lags_behind():
+    """The forward rule, over the batch, is met while a small sample is still on its way.
+
+    There ρ(J) at ẑ is below 1, at the iterate before it is not: that J is the gradient's.
+    """
+    block = PcDEQLinear(1, activation="tanh", tol=0.1).double()
+    with torch.no_grad():
+        block.deq.f.W.weight_v.fill_(1)
+        block.deq.f.W.weight_g.fill_(5)
+    h = torch.tensor([[-0.25], *[[3.0]] * 50]).double().requires_grad_()
+    (c,) = certify(nn.Sequential(block), h)
+    z = block(h)
+    z.sum().backward()
+    assert not block.deq.backward_solve.converged and not c.holds
+    assert c.rate_upper[0] > 5 * block.activation.derivative(z[0]).item() - 1e-6 > 1
+    block.deq.tol = 1e-6
+    (c,) = certify(nn.Sequential(block), h)
+    block(h).sum().backward()
+    assert block.deq.backward_solve.converged and c.holds
 
 
 def test_what_has_nothing_to_certify_is_refused():
     with pytest.raises(ValueError, match="no sample"):
         certify(nn.Sequential(PcDEQLinear(3)), torch.rand(0, 3))
+    with pytest.raises(ValueError, match="samples along the first axis"):
+        certify(nn.Sequential(PcDEQLinear(1)), torch.tensor(1.0))
     with pytest.raises(ValueError, match="no pcDEQ block"):
         certify(nn.Linear(3, 3), torch.rand(2, 3))
     with pytest.raises(TypeError, match=r"must be an nn\.Module, not Tensor"):

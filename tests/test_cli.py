@@ -119,9 +119,15 @@ REFUSED = [
     ("svhn", "-net multi_conv_pcdeq_1 --aug", "unrecognized arguments: --aug"),
     ("mnist", "", "name a network with -net: linear_pcdeq_1, linear_pcdeq_2, single_conv_pcdeq_1"),
     ("mnist", "-n linear_pcdeq_1", "name a network|unrecognized arguments: -n"),
-    ("mnist", "-net linear_pcdeq_1 -epoch 1", "unrecognized arguments: -epoch 1; --help lists all"),
+    (
+        "mnist",
+        "-net linear_pcdeq_1 -epoch 1",
+        r"arguments: -epoch 1 \(is -epochs meant\?\); --help lists all",
+    ),
     ("mnist", "-net", "expected one argument"),
     ("mnist", "-net linear_pcdeq_1 --res", "unrecognized arguments: --res"),
+    ("mnist", "-net linear_pcdeq_1 --zeal 1", "unrecognized arguments: --zeal 1; --help lists all"),
+    ("mnist", "--net linear_pcdeq_1", "name a network with -net|is -net meant"),
     ("mnist", "-net linear_pcdeq_1 surplus", "unrecognized arguments: surplus"),
     *(
         ("mnist", f"-net linear_pcdeq_1 {flag} {value}", f"{flag}.*'{re.escape(value)}' is not")

@@ -1,6 +1,7 @@
 """The data of the convergence picture: residuals and widths, evaluation by evaluation."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -48,6 +49,15 @@ def test_the_network_runs_once_and_is_left_as_it_was():
     block.deq.register_forward_hook(lambda *_: seen.append(block.training))
     history(nn.Sequential(block), torch.rand(4, 6), steps=2)
     assert seen == [False] and block.training
+
+
+def test_without_the_theorem_nothing_is_enclosed():
+    model = nn.Sequential(PcDEQLinear(6))
+    with torch.no_grad():
+        model[0].deq.f.W.weight_v[2, 3] = -0.5
+    (found,) = history(model, torch.rand(4, 6), steps=5)
+    assert found.width == [] and found.rate == math.inf
+    assert len(found.forward) == len(found.backward) == 5 and found.forward[4] < found.forward[0]
 
 
 def test_what_has_no_history_is_refused():

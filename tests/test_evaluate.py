@@ -127,6 +127,9 @@ def test_certified_and_attacked_accuracy_bracket_the_truth():
     lower, upper = boxes(images, slice(None), 0.01)
     assert certified[1] == 100 * robust(model, lower, upper, images.labels).double().mean()
     assert re.search(rf"0\.01 +{certified[1]:.2f} % +{attacked[1]:.2f} %", format_robustness(rows))
+    assert "warning" not in format_robustness(rows)
+    rows[1]["contradictions"] = 2
+    assert "warning: 2 proved and broken all the same" in format_robustness(rows)
 
 
 def test_the_report_of_a_checkpoint(checkpoints, capsys):
@@ -169,9 +172,9 @@ def test_negative_weights_are_warned_of(checkpoints, capsys, tmp_path):
         model.block.deq.f.W.weight_v[3, :2] = -1e-3
     torch.save({**describe(model), "model": model.state_dict()}, tmp_path / "best.pth")
     _, out, _ = run(capsys, tmp_path / "best.pth", "--sample", "--first", 50)
-    assert "warning: 2 weights of block are negative" in out
+    assert "warning: block has 2 negative weights" in out
     gallery.main([str(tmp_path / "best.pth"), "--sample", "-o", str(tmp_path / "figures")])
-    assert "warning: 2 weights of block are negative" in capsys.readouterr().out
+    assert "warning: block has 2 negative weights" in capsys.readouterr().out
 
 
 def test_a_plain_state_dict_needs_to_be_told(checkpoints, capsys):

@@ -1,5 +1,6 @@
 """Figures: the lines are the measured values, and a missing matplotlib is a sentence."""
 
+import math
 import sys
 
 import numpy as np
@@ -34,10 +35,23 @@ def test_a_block_without_a_rate_below_one_has_no_such_line(tmp_path, drawn):
     convergence_figure(
         [History("block", residuals, residuals, residuals, 1.2, 1e-4)], tmp_path / "a"
     )
-    assert len(drawn[0].axes[0].get_lines()) == 1 + 1 + 2  # measured, tolerance, legend
+    assert len(drawn[0].axes[0].get_lines()) == 1 + 1 + 1  # measured, tolerance, legend
     gone = [0.0] * 60  # in one step
     convergence_figure([History("block", gone, gone, residuals, 1e-20, 1e-4)], tmp_path / "b")
     assert len(drawn[1].axes[0].get_lines()) == 1 + 1 + 2
+
+
+def test_a_block_without_a_certificate_has_no_width_and_says_so(tmp_path, drawn):
+    residuals = [0.5**k for k in range(1, 61)]
+    proved = History("block1", residuals, residuals, [1, 0.5], 0.5, 1e-4)
+    broken = History("block2", residuals, residuals, [], math.inf, 1e-4)
+    convergence_figure([proved, broken], tmp_path / "one")
+    forward, _, width = drawn[0].axes
+    assert [text.get_text() for text in width.texts] == ["no certificate of block2"]
+    assert "block1" in lines(width) and len(lines(width).get("block2", [])) == 0
+    assert "certified rate (slope)" in lines(forward)
+    convergence_figure([broken], tmp_path / "none")
+    assert "certified rate (slope)" not in lines(drawn[1].axes[0])
 
 
 def test_the_histories_of_a_real_network_can_be_drawn(tmp_path, drawn):
@@ -55,6 +69,10 @@ def test_certified_and_attacked_accuracy_bracket_the_truth(tmp_path, drawn):
     (axis,) = drawn[0].axes
     assert list(lines(axis)["certified"]) == [95, 20]
     assert list(lines(axis)["under attack"]) == [95, 90]
+    steps = {line.get_label(): line.get_drawstyle() for line in axis.get_lines()}
+    assert steps == {"certified": "steps-pre", "under attack": "steps-post"}
+    (band,) = axis.collections  # at 0.005: what the larger box proves, what the smaller one broke
+    assert {y for _, y in band.get_paths()[0].vertices} == {20, 95}
     assert "radius" in axis.get_xlabel() and "10 images" in axis.get_ylabel()
 
 

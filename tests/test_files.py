@@ -1,12 +1,14 @@
 """Files: there whole or not at all."""
 
 import os
+import stat
+import threading
 
 import pytest
 
 from pcdeq.experiments import files
 from pcdeq.experiments.errors import RunError
-from pcdeq.experiments.files import lock, write_whole
+from pcdeq.experiments.files import alone_in, lock, write_whole
 
 
 @pytest.fixture(autouse=True)
@@ -82,3 +84,29 @@ def test_the_lock_is_of_the_folder_that_is_there(tmp_path, monkeypatch):
     with pytest.raises(BlockingIOError):
         files.make_and_lock(folder)
     os.close(handle)
+
+
+def test_a_folder_that_cannot_be_flushed_has_the_file_all_the_same(tmp_path, monkeypatch):
+    def fsync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(22, "Invalid argument")  # as on some network file systems
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_whole(tmp_path / "last.pth", b"weights")
+    assert (tmp_path / "last.pth").read_bytes() == b"weights"
+
+
+def test_one_after_the_other_in_a_folder(tmp_path):
+    order = []
+
+    def second():
+        with alone_in(tmp_path):
+            order.append("second")
+
+    with alone_in(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(0.2)  # it waits
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]

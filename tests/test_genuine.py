@@ -224,7 +224,8 @@ def test_half_a_download_is_not_left_behind(tmp_path, stop):
         raise stop
 
     sums = {half: hashlib.md5(b"half").hexdigest(), whole: hashlib.md5(b"whole").hexdigest()}
+    source = genuine_sets.Genuine("Some set", tmp_path, sums, {}, "http://example.org", read)
     with pytest.raises(KeyboardInterrupt if isinstance(stop, KeyboardInterrupt) else DataError):
-        genuine_sets.genuine(genuine_sets.Genuine("Some set", sums, {}, "http://example.org", read))
+        genuine_sets.genuine(source)
     assert socket.getdefaulttimeout() is None
     assert not half.exists() and whole.read_bytes() == b"whole"

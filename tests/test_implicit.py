@@ -181,3 +181,22 @@ def test_only_what_needs_a_gradient_gets_one(kind):
     h.requires_grad_()
     frozen(h).sum().backward()
     assert h.grad.abs().sum() > 0 and all(p.grad is not None for p in block.parameters())
+
+
+@both
+def test_what_a_pass_keeps_is_in_autograd_s_hands(kind):
+    """So that it goes with backward, and checkpointing and offloading see it."""
+    block, kept = make(kind), []
+    h = signal(kind).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        z = block(h)
+    assert z.data_ptr() in [t.data_ptr() for t in kept]
+    assert not z._backward_hooks and z.grad_fn._raw_saved_tensors[0] is not None
+    loss = z.square().sum()
+    loss.backward()
+    with pytest.raises(RuntimeError):
+        _ = z.grad_fn.saved_tensors  # freed
+    block.deq.backward_solve = None
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+    assert block.deq.backward_solve is None  # nothing was solved for it

@@ -239,6 +239,39 @@ def test_wrong_options_are_refused_in_one_sentence(kind, option, message):
         KINDS[kind](5, **option)
 
 
+@pytest.mark.parametrize("option", ["solver", "precision", "tol", "max_iter"])
+def test_options_are_checked_where_they_are_set_later_too(option):
+    deq = PcDEQLinear(3).deq
+    before = getattr(deq, option)
+    with pytest.raises(ValueError, match=option):
+        setattr(deq, option, "bf-16")
+    assert getattr(deq, option) == before
+
+
+@pytest.mark.parametrize(
+    "dtype, precision, least",
+    [
+        (torch.float64, "fp32", 2**-53),
+        (torch.float32, "mixed", 2**-24),
+        (torch.float32, "bf16", 2**-8),
+        (torch.float16, "fp32", 2**-11),
+        (torch.bfloat16, "fp32", 2**-8),
+    ],
+)
+def test_no_more_is_asked_of_a_precision_than_it_has(dtype, precision, least):
+    deq = PcDEQLinear(3, precision=precision, tol=1e-30).to(dtype).deq
+    assert deq.tolerance == least
+    deq.tol = 0.1
+    assert deq.tolerance == 0.1
+
+
+def test_a_network_in_bfloat16_meets_its_rule():
+    torch.manual_seed(0)
+    block = make("linear", "softsign", root=0.6, n=16).bfloat16()
+    block(torch.randn(8, 16).bfloat16())
+    assert block.deq.forward_solve.converged
+
+
 @both
 def test_an_unknown_option_is_named_with_those_that_there_are(kind):
     with pytest.raises(TypeError, match=rf"{KINDS[kind].__name__} has no option 'toll'.*max_iter"):

@@ -101,6 +101,22 @@ def test_what_is_held_with_other_options_is_named(tmp_path, capsys):
     assert capsys.readouterr().err == said + "a table averages seeds of the same options only\n"
 
 
+def test_missing_seeds_are_run_as_those_that_are_there(tmp_path, capsys):
+    for seed, options in enumerate(({"solver": "anderson"}, {"solver": "anderson"}, {})):
+        made_up_run(tmp_path / "run", LINEAR, seed, **options)
+        collect(tmp_path / "run", tmp_path)
+    asked = ["mnist", "--rows", "linear_pcdeq_1_*", "--seeds", "4", "--results", str(tmp_path)]
+    main(ROOT, [*asked, "--list"])
+    said = capsys.readouterr()
+    with_solver = [line for line in said.out.splitlines() if "--solver anderson" in line]
+    assert len(with_solver) == 1 and "-activ tanh --seed 3" in with_solver[0]
+    assert "seed 2, is held with the default options" in said.err and "seed 0" not in said.err
+    main(ROOT, [*asked, "--list", "--tol", "1e-3"])  # said otherwise
+    said = capsys.readouterr()
+    assert "anderson" not in said.out and said.out.count("--tol 0.001") == 9
+    assert said.err.count("is held with --solver anderson") == 2
+
+
 def test_runs_from_elsewhere_are_taken_in_with_their_weights(tmp_path, capsys):
     made_up_run(tmp_path / "there/a", LINEAR)
     made_up_run(tmp_path / "there/b", LINEAR, device_name="Abacus")

@@ -270,6 +270,26 @@ def test_what_it_does_not_know_it_refuses():
     plain[0].register_forward_hook(lambda *io: -io[2])
     with pytest.raises(TypeError, match="Linear with a forward hook"):
         robust(plain, x, x, torch.tensor([0, 1]))
+
+    class Squared(PcDEQLinear):
+        def inject(self, h):
+            return h * h + 0.01
+
+    own = PcDEQLinear(4)
+    own.inject = lambda h: h * h + 0.01
+    for block in (Squared(4), own):
+        with pytest.raises(TypeError, match="has a forward of its own"):
+            robust(nn.Sequential(block, nn.Linear(4, 4)), x, x, torch.tensor([0, 1]))
+    inner = nn.Sequential(PcDEQLinear(4), nn.Linear(4, 4))
+    inner[0].deq.register_forward_hook(lambda *io: -io[2])
+    with pytest.raises(TypeError, match="Equilibrium with a forward hook"):
+        robust(inner, x, x, torch.tensor([0, 1]))
+    pixels = Box(torch.rand(1, 2, 8, 8).double(), torch.rand(1, 2, 8, 8).double())
+    for pool in (nn.AvgPool2d(2, divisor_override=-1), nn.MaxPool2d(2, return_indices=True)):
+        with pytest.raises(TypeError, match="no interval image is known for"):
+            image(pool, pixels)
+    with pytest.raises(TypeError, match="targets are a tensor of classes, not list"):
+        robust(nn.Sequential(nn.Linear(4, 4)), x, x, [0, 1])
     for conv in (nn.Conv2d(2, 2, 3, dilation=2), nn.Conv2d(2, 2, 3, padding="same")):
         with pytest.raises(TypeError, match="no interval image is known for Conv2d"):
             image(conv, Box(torch.rand(1, 2, 8, 8).double(), torch.rand(1, 2, 8, 8).double()))
@@ -384,3 +404,18 @@ def test_conv_networks_at_length(name, activation):
             assert proved.sum() == (found.margin > 0).sum()
         model = network(name, activation, double=True)
         check_bounds(model, *around(images[:4], radius), labels[:4], count=2)
+
+
+def test_the_attack_takes_no_gradient_of_the_weights(monkeypatch):
+    model = network("linear_pcdeq_1", "tanh")
+    images, labels = digits()[2][:5], digits()[3][:5]
+    frozen = model.classifier.bias.requires_grad_(False)
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    counted = []
+    kind = type(model.block.deq.f.W)
+    monkeypatch.setattr(kind, "weight_gradient", staticmethod(lambda z, y: counted.append(1)))
+    attack(model, images, images - 0.01, images + 0.01, labels, steps=2)
+    assert not counted and not frozen.requires_grad
+    assert wanted and all(parameter.requires_grad for parameter in wanted)
+    with pytest.raises(ValueError, match="steps must be a whole number from 1 on, not 0"):
+        attack(model, images, images, images, labels, steps=0)

@@ -160,7 +160,7 @@ def test_a_run_leaves_its_folder(tmp_path, capsys):
     assert "70,410 parameters" in out[0] and "640 training and 250 test images" in out[1]
     assert len(out) == 2 + 1 + 3 + 1  # the network, the header, the epochs, the end
     train(config_of(tmp_path / "short", epochs=1, milestone=1))
-    assert "the learning rate never falls: -m 1 lies behind" in capsys.readouterr().out
+    assert "the learning rate never falls: -m 1 is not below -epochs" in capsys.readouterr().out
     last = torch.load(config.folder / "last.pth", weights_only=True)
     assert last["network"] == "linear_pcdeq_1" and last["classes"] == 10
     assert min(last["model"][f"block.deq.f.W.weight_{part}"].min() for part in "gv") >= 0

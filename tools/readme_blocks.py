@@ -110,7 +110,10 @@ def main(readme: str, folder: str) -> None:
         made = scripts(Path(readme).read_text(encoding="utf-8"))
     except ValueError as error:
         sys.exit(f"{readme}, {error}")
-    Path(folder).mkdir(parents=True)
+    try:
+        Path(folder).mkdir(parents=True)
+    except FileExistsError:
+        sys.exit(f"{folder} is there already: name a new folder")
     for name, text in made.items():
         (Path(folder) / name).write_text(text, encoding="utf-8")
 

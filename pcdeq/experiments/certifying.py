@@ -28,7 +28,8 @@ def warn_of_negative_weights(model: Network) -> None:
     """A printed line for each block whose W is not nonnegative."""
     for name, block in model.named_children():
         if block in model.blocks and (negative := int((block.deq.f.W.weight() < 0).sum())):
-            print(f"warning: {negative:,} weights of {name} are negative: no theorem holds for it")
+            weights = "weight" + "s" * (negative > 1)
+            print(f"warning: {name} has {negative:,} negative {weights}: no theorem holds for it")
 
 
 def certify_set(
@@ -214,7 +215,7 @@ def format_robustness(rows: Sequence[dict[str, Any]]) -> str:
         "  radius  certified  attacked",
     ]
     lines += [
-        f"  {row['radius']:<6g}  {row['certified']:>7.2f} %  {row['attacked']:>6.2f} %"
+        f"  {row['radius']:<6.4g}  {row['certified']:>7.2f} %  {row['attacked']:>6.2f} %"
         for row in rows
     ]
     if broken := sum(row["contradictions"] for row in rows):

@@ -20,8 +20,10 @@ class History:
         forward: residuals of the stopping rule, evaluation by evaluation, of the plain iteration
             from 0.
         backward: the same for the adjoint equation g = Jᵀg + 1, from g = 1, J at the limit above.
-        width: max over the batch of u − l after 0, 1, 2, … directed steps from l = 0 and u = M.
+        width: max over the batch of u − l after 0, 1, 2, … directed steps from l = 0 and u = M;
+            empty where the block's condition does not hold, and nothing is enclosed.
         rate: the largest ``rate_upper`` of the batch: a line of this slope lies above the tails.
+            Infinite where the condition does not hold.
         tol: of the block's stopping rule.
     """
 
@@ -47,26 +49,28 @@ def history(
         after_step: called after each evaluation, 2 · ``steps`` times for each block.
 
     Returns:
-        One ``History`` for each use of a block, each list ``steps`` long (``width``: one more).
+        One ``History`` for each use of a block, each list ``steps`` long (``width``: one more, or
+        empty).
     """
     return [_history(visit, steps, after_step) for visit in visits(model, x)]
 
 
 @torch.no_grad()
 def _history(visit: Visit, steps: int, after_step: Callable[[], object]) -> History:
-    rate = certificate_of(visit).rate_upper.max().item()
+    certificate = certificate_of(visit)
     name, block, x, *_ = visit
     operator = Operator(block.deq.f)
     x = x.to(operator.device, torch.float64)
     low, high = torch.zeros_like(x), torch.full_like(x, operator.sigma.supremum)
-    forward, backward, width = [], [], [operator.sigma.supremum]
+    forward, backward, width = [], [], [operator.sigma.supremum] * certificate.condition
     z = low
     for _ in range(steps):
         new = operator.sigma.function(operator.argument(z, x))
         forward.append(_residual(new, z))
-        low = torch.maximum(low, operator.image(low, x, -1))
-        high = torch.minimum(high, operator.image(high, x, 1))
-        width.append((high - low).max().item())
+        if certificate.condition:
+            low = torch.maximum(low, operator.image(low, x, -1))
+            high = torch.minimum(high, operator.image(high, x, 1))
+            width.append((high - low).max().item())
         z = new
         after_step()
     transposed = block.deq.f.W.transpose(operator.weight)
@@ -78,6 +82,7 @@ def _history(visit: Visit, steps: int, after_step: Callable[[], object]) -> Hist
         backward.append(_residual(new, g))
         g = new
         after_step()
+    rate = certificate.rate_upper.max().item()
     return History(name, forward, backward, width, rate, block.deq.tolerance)
 
 

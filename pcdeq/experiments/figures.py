@@ -69,10 +69,15 @@ def drawing(
 
 
 def legend(axis: Axes, solid: str, dashed: str) -> None:
-    """What solid and dashed mean, and the lines' names, above a figure that grows with them."""
+    """What solid and dashed mean, and the lines' names, above a figure that grows with them.
+
+    Dashed lines without a meaning are not there.
+    """
     axis.plot([], [], color="grey", label=solid)
-    axis.plot([], [], color="grey", linestyle=DASHES[2], label=dashed)
-    handles, labels = (each[-2:] + each[:-2] for each in axis.get_legend_handles_labels())
+    if dashed:
+        axis.plot([], [], color="grey", linestyle=DASHES[2], label=dashed)
+    first = -2 if dashed else -1
+    handles, labels = (each[first:] + each[:first] for each in axis.get_legend_handles_labels())
     columns = 2 if max(map(len, labels)) < 40 else 1
     figure, more = axis.figure, math.ceil(len(labels) / columns) - 2
     figure.set_figheight(figure.get_figheight() + max(0, more) * 0.16)  # inches a row
@@ -98,13 +103,17 @@ def convergence_figure(histories: Sequence[History], path: Path) -> Path:
             for axis, residuals in zip(axes, (each.forward, each.backward), strict=False):
                 _falling(axis, 1, residuals, colour, each.name)
                 _slope(axis, residuals, each.rate, colour)
-            closing = each.width[: each.width.index(min(each.width)) + 1]
-            _falling(axes[2], 0, closing, colour, each.name)
+            closing = each.width.index(min(each.width)) + 1 if each.width else 0
+            _falling(axes[2], 0, each.width[:closing], colour, each.name)
+        if unproved := [each.name for each in histories if not each.width]:
+            words = f"no certificate of {', '.join(unproved)}"
+            axes[2].text(0.98, 0.95, words, transform=axes[2].transAxes, ha="right", va="top")
         for axis, label in zip(axes, ("forward residual", "backward residual"), strict=False):
             axis.axhline(histories[0].tol, color="grey", linestyle=":", label="tolerance")
             axis.set_ylabel(label)
         axes[2].set(ylabel="width of the enclosure", xlabel="iteration")
-        legend(axes[0], "measured", "certified rate (slope)")
+        proved = any(0 < each.rate < 1 for each in histories)
+        legend(axes[0], "measured", "certified rate (slope)" if proved else "")
     return Path(f"{path}.png")
 
 
@@ -129,6 +138,9 @@ def _slope(axis: Axes, residuals: Sequence[float], rate: float, colour: str) -> 
 def robustness_figure(rows: Sequence[dict], path: Path) -> Path:
     """Certified and attacked accuracy against the radius: the truth lies between the lines.
 
+    Between two radii they are steps: what is proved of the larger box holds of every smaller one,
+    and what an attack broke of the smaller box is broken of every larger one.
+
     Args:
         rows: of ``pcdeq.experiments.certifying.robust_accuracy``, one a radius.
         path: the figure, without its ending.
@@ -142,15 +154,20 @@ def robustness_figure(rows: Sequence[dict], path: Path) -> Path:
     )
     with drawing(path, COLUMN, 2.5) as figure:
         axis = figure.subplots()
-        axis.fill_between(radii, certified, attacked, color=COLOURS[0], alpha=0.1, linewidth=0)
+        for k in range(len(rows) - 1):
+            axis.fill_between(
+                radii[k : k + 2], certified[k + 1], attacked[k], color=COLOURS[0], alpha=0.1, lw=0
+            )
         look = {"marker": "o", "markersize": 3}
-        axis.plot(radii, attacked, color=COLOURS[1], ls=DASHES[1], label="under attack", **look)
-        axis.plot(radii, certified, color=COLOURS[0], label="certified", **look)
+        attack = {"drawstyle": "steps-post", "color": COLOURS[1], "linestyle": DASHES[1]}
+        axis.plot(radii, attacked, label="under attack", **attack, **look)
+        proof = {"drawstyle": "steps-pre", "color": COLOURS[0]}
+        axis.plot(radii, certified, label="certified", **proof, **look)
         axis.set(
             xlabel="radius of the box (sup norm, pixels in [0, 1])",
             ylabel=f"accuracy, % of {rows[0]['images']:,} images",
             xlim=(0, None),
             ylim=(0, 101),  # a line at 100 shows
         )
-        axis.legend(loc="lower left")
+        figure.legend(loc="outside upper center", ncols=2)
     return Path(f"{path}.png")

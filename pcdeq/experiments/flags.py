@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import math
 import os
 import re
@@ -103,8 +104,12 @@ class _Parser(argparse.ArgumentParser):
         return [found for found in super()._get_option_tuples(option_string) if found[-1]]
 
     def error(self, message: str) -> NoReturn:
-        unknown = message.startswith("unrecognized arguments")
-        super().error(message + "; --help lists all" * unknown)
+        if message.startswith("unrecognized arguments"):
+            first = next((word for word in message.split() if word.startswith("-")), "")
+            meant = difflib.get_close_matches(first, self._option_string_actions, 1, 0.7)
+            message += f" (is {meant[0]} meant?)" if meant else ""
+            message += "; --help lists all"
+        super().error(message)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

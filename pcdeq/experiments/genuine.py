@@ -33,6 +33,7 @@ class Genuine(NamedTuple):
     """How torchvision keeps and reads a data set."""
 
     title: str
+    root: Path  # --data-root
     files: dict[Path, str]  # what it reads → md5
     archives: dict[Path, str]  # what it unpacks them from, if anything → md5
     url: str
@@ -56,7 +57,7 @@ def _mnist(root: Path) -> Genuine:
         {raw / name: md5 for name, md5 in names}
         for names in (MNIST_MD5.items(), datasets.MNIST.resources)
     )
-    return Genuine("MNIST", files, archives, datasets.MNIST.mirrors[0], read)
+    return Genuine("MNIST", root, files, archives, datasets.MNIST.mirrors[0], read)
 
 
 def _svhn(root: Path) -> Genuine:
@@ -66,7 +67,7 @@ def _svhn(root: Path) -> Genuine:
 
     parts = [datasets.SVHN.split_list[part] for part in ("train", "test")]
     files = {root / name: md5 for _, name, md5 in parts}
-    return Genuine("SVHN", files, {}, parts[0][0].rpartition("/")[0], read)
+    return Genuine("SVHN", root, files, {}, parts[0][0].rpartition("/")[0], read)
 
 
 def _cifar(root: Path) -> Genuine:
@@ -77,7 +78,7 @@ def _cifar(root: Path) -> Genuine:
     own = datasets.CIFAR10
     meta = (own.meta["filename"], own.meta["md5"])
     files = {root / own.base_folder / n: m for n, m in (*own.train_list, *own.test_list, meta)}
-    return Genuine("CIFAR-10", files, {root / own.filename: own.tgz_md5}, own.url, read)
+    return Genuine("CIFAR-10", root, files, {root / own.filename: own.tgz_md5}, own.url, read)
 
 
 SOURCES: dict[str, Callable[[Path], Genuine]] = {"mnist": _mnist, "svhn": _svhn, "cifar": _cifar}
@@ -108,8 +109,9 @@ def genuine(source: Genuine) -> tuple[Labelled, Labelled]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip("<>")
         raise DataError(
             f"{source.title} is not in {wanted[0].parent} and cannot be downloaded ({reason}): "
-            f"put {names} there (from {source.url}), name the folder that has it with "
-            "--data-root, or give --sample where a script has it (MNIST digits, no download)"
+            f"put {names} there (from {source.url}), name with --data-root the folder that has "
+            f"{wanted[0].relative_to(source.root)}, or give --sample where a script has it (MNIST "
+            "digits, no download)"
         ) from error
 
 

@@ -6,11 +6,13 @@ import os
 import shlex
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 from pcdeq.experiments import machine
+from pcdeq.experiments.config import RunConfig
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.flags import add_help, add_solver, count, device, folder, program
 from pcdeq.experiments.publish import publish
@@ -123,9 +125,8 @@ def _run(
     have = {(r.row, r.seed) for r in whole}
     asked = [(recipe, seed) for recipe in recipes for seed in range(args.seeds)]
     _note_others(whole, asked, args)
-    options = {name: getattr(args, name) for name in PASSED_ON}
     jobs = [
-        _job(recipe, seed, results / "runs", root, options)
+        _job(recipe, seed, results / "runs", root, _options(args, recipe, whole))
         for recipe, seed in asked
         if (recipe.name, seed) not in have
     ]
@@ -155,6 +156,23 @@ def _run(
         raise RunError(f"{len(failures)} of {len(jobs)} runs failed; the same command tries again")
 
 
+def _options(args: argparse.Namespace, recipe: Recipe, whole: list[Result]) -> dict[str, object]:
+    """What a run is passed: where no solver flag says otherwise, the options of the row's results.
+
+    A table averages seeds of the same options only.
+    """
+    options = {name: getattr(args, name) for name in PASSED_ON}
+    held = Counter(
+        tuple(result.options[name] for name in OPTIONS)
+        for result in whole
+        if result.row == recipe.name
+    )
+    if held and all(options[name] == getattr(RunConfig, name) for name in OPTIONS):
+        ((most, _),) = held.most_common(1)
+        options |= dict(zip(OPTIONS, most, strict=True))
+    return options
+
+
 def _fetch(datasets: set[str], args: argparse.Namespace) -> None:
     """Downloads what is absent, once and before any run; raises DataError where that fails."""
     from pcdeq.experiments.genuine import SOURCES, genuine  # late: torchvision takes a second
@@ -168,9 +186,11 @@ def _note_others(
 ) -> None:
     """Says which results count as done though their solves had other options than now asked for."""
     wanted = {(recipe.name, seed) for recipe, seed in asked}
+    recipes = {recipe.name: recipe for recipe, _ in asked}
     for result in whole:
+        options = _options(args, recipes.get(result.row), whole) if result.row in recipes else {}
         if (result.row, result.seed) in wanted and any(
-            result.options[name] != getattr(args, name) for name in OPTIONS
+            result.options[name] != options[name] for name in OPTIONS
         ):
             how = " ".join(changed_options(result)) or "the default options"
             print(

@@ -89,7 +89,7 @@ def train(config: RunConfig) -> RunResult:
         if checkpoint and not (run.folder / BEST).exists():
             say(f"{BEST} is gone: the first epoch that is better than all before writes it again")
         if config.milestone >= config.epochs:
-            say(f"the learning rate never falls: -m {config.milestone} lies behind the last epoch")
+            say(f"the learning rate never falls: -m {config.milestone} is not below -epochs")
         if len(result.rows) < config.epochs:
             say(HEADER)
         with Signals() as signals:
