@@ -89,6 +89,14 @@ def _relu6_(s: Tensor) -> Tensor:
     return s.clamp_(0, 6)
 
 
+def _tanh_vjp(g: Tensor, v: Tensor) -> Tensor:
+    return torch.ops.aten.tanh_backward.default(g, v)  # (1 − v²)·g
+
+
+def _sigmoid_vjp(g: Tensor, v: Tensor) -> Tensor:
+    return torch.ops.aten.sigmoid_backward.default(g, v)  # v(1 − v)·g
+
+
 def _softsign_vjp(g: Tensor, v: Tensor) -> Tensor:
     return (1 - v.abs()).square_().mul_(g)  # v = s/(1+s), so 1/(1+s)² = (1 − v)²
 
@@ -120,7 +128,7 @@ ACTIVATIONS: dict[str, Activation] = {
             "tanh",
             torch.tanh,
             _tanh_,
-            torch.ops.aten.tanh_backward.default,  # (1 − v²)·g
+            _tanh_vjp,
             _tanh_slope,
             supremum=1.0,
             variant=1,
@@ -147,7 +155,7 @@ ACTIVATIONS: dict[str, Activation] = {
             "sigmoid",
             torch.sigmoid,
             torch.sigmoid_,
-            torch.ops.aten.sigmoid_backward.default,  # v(1 − v)·g
+            _sigmoid_vjp,
             _sigmoid_slope,
             supremum=1.0,
             variant=2,

@@ -45,7 +45,8 @@ class Certificate:
         rate_lower: ρ(J) ≥ this, shape (B,), for J at z* and for the implicit gradient's, whose σ'
             is taken in the value of ẑ.
         rate_upper: ρ(J) ≤ this, shape (B,), for the same two. Below 1, the implicit gradient's
-            linear system is solvable and its iteration converges.
+            linear system is solvable and its iteration converges, with W and σ' as they are:
+            ``bf16`` rounds both.
         iterations: evaluations of f that the enclosure took, float32 and float64 together.
         predicted: at most so many evaluations does the plain iteration from 0 need to meet the
             block's tolerance on this sample alone, shape (B,); for the batch, the largest one.

@@ -160,7 +160,7 @@ class Equilibrium(nn.Module):
 
 def _check_option(name: str, value: object) -> None:
     choices = {"solver": SOLVERS, "precision": PRECISIONS}.get(name)
-    if choices and value not in choices:
+    if choices and value not in tuple(choices):
         raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(choices)}")
     # At 1 the first evaluation, whatever it is, would be the last.
     if name == "tol" and not (isinstance(value, Real) and 0 < value < 1):

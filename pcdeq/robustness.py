@@ -112,8 +112,9 @@ def _layers(model: nn.Sequential) -> Iterator[nn.Module]:
         if isinstance(layer, nn.Sequential):
             yield from _layers(layer)
         else:
-            for module in layer.modules():
-                _check_forward(module)
+            for name, module in layer.named_modules():
+                if "parametrizations" not in name.split("."):  # they make the stored weight
+                    _check_forward(module)
             yield layer
 
 
@@ -126,7 +127,8 @@ def _check_forward(module: nn.Module) -> None:
         raise TypeError(
             f"no interval image is known for {kind.__name__}, which has a forward of its own"
         )
-    if module._forward_hooks or module._forward_pre_hooks:
+    every = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
+    if module._forward_hooks or module._forward_pre_hooks or every:
         raise TypeError(f"no interval image is known for {kind.__name__} with a forward hook")
 
 

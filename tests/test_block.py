@@ -20,6 +20,7 @@ from blocks import (
 )
 from torch import Tensor, nn
 
+from pcdeq import implicit
 from pcdeq.block import PcDEQ, PcDEQConv2d, PcDEQLinear, project, register_projection
 
 
@@ -164,11 +165,14 @@ def test_evaluation_builds_no_graph_and_registers_no_hook(kind, mode, monkeypatc
     reference = block(h)
     calls = []
     monkeypatch.setattr(Tensor, "register_hook", lambda *args: calls.append(args))
+    monkeypatch.setattr(implicit._FixedPoint, "apply", lambda *args: calls.append(args))
     with mode():
         z = block(h)
     assert z.grad_fn is None and not z.requires_grad and not calls
     assert z.is_inference() == (mode is torch.inference_mode)
     torch.testing.assert_close(z, reference.detach())
+    block(h)
+    assert len(calls) == 1  # where a graph is built, it is noticed
 
 
 @both

@@ -52,12 +52,20 @@ def test_the_network_runs_once_and_is_left_as_it_was():
 
 
 def test_without_the_theorem_nothing_is_enclosed():
-    model = nn.Sequential(PcDEQLinear(6))
+    model = nn.Sequential(PcDEQLinear(2, activation="softsign"))
     with torch.no_grad():
-        model[0].deq.f.W.weight_v[2, 3] = -0.5
-    (found,) = history(model, torch.rand(4, 6), steps=5)
+        model[0].deq.f.W.weight_v[:] = torch.tensor([[0.9, 0.4], [-0.9, 0.2]])
+        model[0].deq.f.W.weight_g[:] = torch.tensor([[0.9], [1.2]])
+    h = torch.tensor([[0.5, -0.5]])
+    (found,) = history(model, h, steps=60)
     assert found.width == [] and found.rate == math.inf
-    assert len(found.forward) == len(found.backward) == 5 and found.forward[4] < found.forward[0]
+    block = copy.deepcopy(model[0]).double()
+    block.deq.tol = 1e-13
+    slopes = block.activation.derivative(block(h.double()))
+    rate = torch.linalg.eigvals(slopes.mT * block.deq.f.W.weight()).abs().max().item()
+    for residuals in (found.forward, found.backward):
+        shown = [r for r in residuals if r > 1e-13]
+        assert (shown[-1] / shown[-11]) ** (1 / 10) == pytest.approx(rate, rel=0.05)
 
 
 def test_what_has_no_history_is_refused():

@@ -200,6 +200,8 @@ def test_without_network_and_data_the_error_says_what_to_do(dataset, tmp_path, m
     place = tmp_path / "none" / ("MNIST/raw" if dataset == "mnist" else "")
     for words in (*WANTED[dataset], str(place), "--sample", "no route to host"):
         assert words in sentence
+    inside = ("MNIST/raw/" if dataset == "mnist" else "") + WANTED[dataset][0]
+    assert f"name with --data-root the folder that has {inside}, or" in sentence
     assert "\n" not in sentence
 
 

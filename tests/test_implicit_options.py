@@ -222,6 +222,7 @@ def test_inputs_that_are_not_finite_end_the_solve_at_once():
     "option, message",
     [
         ({"solver": "newton"}, r"'newton'.*picard, anderson"),
+        ({"solver": []}, r"unknown solver \[\]"),
         ({"precision": "fp16"}, r"'fp16'.*fp32, mixed, bf16"),
         ({"tol": 0.0}, "tol must be a number between 0 and 1, not 0.0"),
         ({"tol": float("nan")}, "tol must be a number between 0 and 1, not nan"),
@@ -263,6 +264,23 @@ def test_no_more_is_asked_of_a_precision_than_it_has(dtype, precision, least):
     assert deq.tolerance == least
     deq.tol = 0.1
     assert deq.tolerance == 0.1
+
+
+@pytest.mark.parametrize(
+    "precision, dtype", [("fp32", "float32"), ("mixed", "float32"), ("bf16", "bfloat16")]
+)
+@both
+def test_the_gradient_of_the_weight_is_taken_in_its_precision(kind, precision, dtype, monkeypatch):
+    block, seen = make(kind, precision=precision), []
+    W = block.deq.f.W
+    own = W.weight_gradient
+    monkeypatch.setattr(
+        type(W), "weight_gradient", staticmethod(lambda z, y: seen.append((z, y)) or own(z, y))
+    )
+    block(signal(kind)).sum().backward()
+    ((z, y),) = seen
+    assert z.dtype == y.dtype == getattr(torch, dtype)
+    assert W.weight_v.grad.dtype == torch.float32
 
 
 def test_a_network_in_bfloat16_meets_its_rule():

@@ -162,7 +162,7 @@ def test_two_backward_passes_through_a_retained_graph(kind):
 
 @both
 def test_used_twice_in_one_graph(kind):
-    """Weights shared over depth: each pass has a hook of its own."""
+    """Weights shared over depth: each pass has a node of its own."""
     block = make(kind, root=0.5, n=3, tol=1e-14, max_iter=500).double()
     h = signal(kind, torch.float64)[:1, :3].requires_grad_()
     assert torch.autograd.gradcheck(lambda h: block(block(h) - 0.5), (h,))
@@ -184,7 +184,7 @@ def test_activation_checkpointing(kind, reentrant):
 @both
 @pytest.mark.parametrize("of", ["input", "weight"])
 def test_second_derivatives_are_refused(kind, of):
-    """The hook's solve is not recorded: autograd would drop what runs through it, silently."""
+    """The adjoint solve is not recorded: autograd would drop what runs through it, silently."""
     block = make(kind)
     h = signal(kind).requires_grad_()
     before = block.deq.f.W.weight_v if of == "weight" else h

@@ -111,10 +111,12 @@ def test_missing_seeds_are_run_as_those_that_are_there(tmp_path, capsys):
     with_solver = [line for line in said.out.splitlines() if "--solver anderson" in line]
     assert len(with_solver) == 1 and "-activ tanh --seed 3" in with_solver[0]
     assert "seed 2, is held with the default options" in said.err and "seed 0" not in said.err
-    main(ROOT, [*asked, "--list", "--tol", "1e-3"])  # said otherwise
-    said = capsys.readouterr()
-    assert "anderson" not in said.out and said.out.count("--tol 0.001") == 9
-    assert said.err.count("is held with --solver anderson") == 2
+    for flags in (["--tol", "1e-3"], ["--solver", "picard"]):  # said otherwise
+        main(ROOT, [*asked, "--list", *flags])
+        said = capsys.readouterr()
+        assert "anderson" not in said.out
+        assert said.out.count("--tol 0.001") == 9 * ("--tol" in flags)
+        assert said.err.count("is held with --solver anderson") == 2
 
 
 def test_runs_from_elsewhere_are_taken_in_with_their_weights(tmp_path, capsys):

@@ -7,6 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from truth import block_of, digits, random_weight, trained
 
 from pcdeq import ACTIVATIONS, PcDEQConv2d, PcDEQLinear, build_network, robust
@@ -284,6 +285,10 @@ def test_what_it_does_not_know_it_refuses():
     inner[0].deq.register_forward_hook(lambda *io: -io[2])
     with pytest.raises(TypeError, match="Equilibrium with a forward hook"):
         robust(inner, x, x, torch.tensor([0, 1]))
+    model = nn.Sequential(nn.Linear(4, 4))
+    everywhere = nn.modules.module.register_module_forward_hook(lambda *io: -io[2])
+    with everywhere, pytest.raises(TypeError, match="with a forward hook"):
+        robust(model, x, x, torch.tensor([0, 1]))
     pixels = Box(torch.rand(1, 2, 8, 8).double(), torch.rand(1, 2, 8, 8).double())
     for pool in (nn.AvgPool2d(2, divisor_override=-1), nn.MaxPool2d(2, return_indices=True)):
         with pytest.raises(TypeError, match="no interval image is known for"):
@@ -365,6 +370,23 @@ def test_a_relu_in_place_leaves_the_box_as_it_was():
     found = image(nn.ReLU(inplace=True), box)
     assert torch.equal(found.lower, before[0].relu()) and torch.equal(found.upper, before[1].relu())
     assert torch.equal(box.lower, before[0]) and torch.equal(box.upper, before[1])
+
+
+def test_a_parametrized_weight_is_the_one_that_is_used():
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    torch.manual_seed(2)
+    plain = nn.Sequential(nn.Linear(5, 6), PcDEQLinear(6), nn.Linear(6, 3)).eval()
+    doubled = copy.deepcopy(plain)
+    for model in (plain, doubled):
+        with torch.no_grad():
+            model[0].weight.mul_(1 if model is doubled else 2)
+    parametrize.register_parametrization(doubled[0], "weight", Doubled())
+    x = torch.rand(7, 5)
+    for ours, theirs in zip(logit_bounds(doubled, x, x), logit_bounds(plain, x, x), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_an_attack_that_meets_nan_has_broken_the_network():

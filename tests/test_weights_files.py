@@ -1,6 +1,7 @@
 """The trained networks in ``weights/``: each is whole, is what its name says, and classifies."""
 
 import hashlib
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from pcdeq import load_network
 from pcdeq.experiments.data import load
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.evaluation import evaluate
+from pcdeq.experiments.files import alone_in
 from pcdeq.experiments.publish import publish, read_table
 from pcdeq.experiments.results import RECIPES, from_run, read_results
 from pcdeq.weights import IDENTITY, read_checkpoint
@@ -60,6 +62,20 @@ def test_only_the_first_seeds_whole_run_on_genuine_data_is_published(tmp_path):
         made_up_run(tmp_path / "run", LINEAR, **changes)
         assert publish(tmp_path / "run", from_run(tmp_path / "run"), tmp_path / "w") is None
     assert not (tmp_path / "w").exists()
+
+
+def test_two_that_publish_at_once_take_turns(tmp_path):
+    """Each reads the table and writes it anew: the other's line would be lost."""
+    made_up_run(tmp_path / "run", LINEAR)
+    (tmp_path / "w").mkdir()
+    arguments = (tmp_path / "run", from_run(tmp_path / "run"), tmp_path / "w")
+    thread = threading.Thread(target=publish, args=arguments)
+    with alone_in(tmp_path / "w"):
+        thread.start()
+        thread.join(0.5)
+        assert not list((tmp_path / "w").iterdir())
+    thread.join()
+    assert read_table(tmp_path / "w").keys() == {f"{LINEAR.name}.pth"}
 
 
 def test_a_published_file_holds_the_last_weights_and_no_more(tmp_path):

@@ -74,7 +74,7 @@ def _history(visit: Visit, steps: int, after_step: Callable[[], object]) -> Hist
         z = new
         after_step()
     transposed = block.deq.f.W.transpose(operator.weight)
-    slope = operator.slope(operator.argument(z, x), -1)
+    slope = operator.sigma.derivative(z)
     g = torch.ones_like(x)
     adjoint = block.deq.f.adjoint(slope, g, transposed)
     for _ in range(steps):

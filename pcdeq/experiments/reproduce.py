@@ -12,7 +12,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from pcdeq.experiments import machine
-from pcdeq.experiments.config import RunConfig
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.flags import add_help, add_solver, count, device, folder, program
 from pcdeq.experiments.publish import publish
@@ -51,6 +50,9 @@ def main(root: Path, argv: Sequence[str] | None = None) -> None:
     """
     parser = _parser()
     args = parser.parse_args(argv)
+    parser.set_defaults(**dict.fromkeys(OPTIONS))
+    given = parser.parse_args(argv)
+    args.default_solver = all(getattr(given, name) is None for name in OPTIONS)
     recipes = [
         recipe
         for recipe in ROWS
@@ -157,7 +159,7 @@ def _run(
 
 
 def _options(args: argparse.Namespace, recipe: Recipe, whole: list[Result]) -> dict[str, object]:
-    """What a run is passed: where no solver flag says otherwise, the options of the row's results.
+    """What a run is passed: where no flag says it, with the solver of most of the row's results.
 
     A table averages seeds of the same options only.
     """
@@ -167,7 +169,7 @@ def _options(args: argparse.Namespace, recipe: Recipe, whole: list[Result]) -> d
         for result in whole
         if result.row == recipe.name
     )
-    if held and all(options[name] == getattr(RunConfig, name) for name in OPTIONS):
+    if held and args.default_solver:
         ((most, _),) = held.most_common(1)
         options |= dict(zip(OPTIONS, most, strict=True))
     return options
