@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pcdeq.certificates import Visit, certificate_of, visits
 from pcdeq.enclosures import Operator
-from pcdeq.solvers import EPSILON
+from pcdeq.solvers import relative
 
 
 @dataclass
@@ -87,4 +87,4 @@ def _history(visit: Visit, steps: int, after_step: Callable[[], object]) -> Hist
 
 
 def _residual(new: Tensor, old: Tensor) -> float:
-    return ((new - old).norm() / (new.norm() + EPSILON)).item()
+    return relative((new - old).norm().item(), new.norm().item())

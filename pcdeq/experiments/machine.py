@@ -89,7 +89,7 @@ def is_serial(net: str) -> bool:
 def precision_warning(precision: str, device: torch.device) -> str:
     """A line to print where bfloat16 is asked for and oneDNN has no kernels for it; else empty.
 
-    On a Zen 3, which emulates it, a step took 1.8 times (linear, bf16) to 5.8 times (MNIST's multi
+    On a Zen 3, which emulates it, a step took 1.8 times (linear, bf16) to 6.1 times (MNIST's multi
     conv, mixed) as long as in float32.
     """
     if precision == "fp32" or device.type != "cpu" or BFLOAT16:
