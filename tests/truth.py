@@ -1,5 +1,6 @@
 """What certificates are tested against: 40-digit arithmetic, dense matrices, trained networks."""
 
+import copy
 import functools
 
 import mpmath
@@ -157,3 +158,19 @@ def weights_and_inputs(draw, most: int):
     W = random_weight(n, radius, density, draw(st.integers(0, 2**16)))
     exponents = draw(st.lists(st.floats(-8, 3), min_size=n, max_size=n))
     return activation, W, 10 ** torch.tensor(exponents, dtype=torch.float64)
+
+
+def network(name, activation, *, double=False):
+    """A copy of a trained network."""
+    model = copy.deepcopy(trained(name, activation, 12 if "conv" in name else 250))
+    if double:  # solved far beyond the tolerance of the comparison
+        model = model.double()
+        for block in model.blocks:
+            block.deq.tol, block.deq.max_iter = 1e-14, 5000
+    return model
+
+
+def around(images, radius):
+    """The corners of boxes of that radius, in float64."""
+    images = images.double()
+    return (images - radius).clamp(0, 1), (images + radius).clamp(0, 1)
