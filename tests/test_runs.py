@@ -1,4 +1,7 @@
-"""A run's folder: refusals before anything happens, files whole or not at all, damage refused."""
+"""A run's folder: refusals before anything happens, files whole or not at all, damage refused.
+
+In one file, as all three parts begin with the folder of the same finished run.
+"""
 
 import csv
 import json

@@ -128,7 +128,7 @@ def _run(
     asked = [(recipe, seed) for recipe in recipes for seed in range(args.seeds)]
     _note_others(whole, asked, args)
     jobs = [
-        _job(recipe, seed, results / "runs", root, _options(args, recipe, whole))
+        _job(recipe, seed, results / "runs", root, _options(args, recipe.name, whole))
         for recipe, seed in asked
         if (recipe.name, seed) not in have
     ]
@@ -158,16 +158,14 @@ def _run(
         raise RunError(f"{len(failures)} of {len(jobs)} runs failed; the same command tries again")
 
 
-def _options(args: argparse.Namespace, recipe: Recipe, whole: list[Result]) -> dict[str, object]:
+def _options(args: argparse.Namespace, row: str, whole: list[Result]) -> dict[str, object]:
     """What a run is passed: where no flag says it, with the solver of most of the row's results.
 
     A table averages seeds of the same options only.
     """
     options = {name: getattr(args, name) for name in PASSED_ON}
     held = Counter(
-        tuple(result.options[name] for name in OPTIONS)
-        for result in whole
-        if result.row == recipe.name
+        tuple(result.options[name] for name in OPTIONS) for result in whole if result.row == row
     )
     if held and args.default_solver:
         ((most, _),) = held.most_common(1)
@@ -188,9 +186,8 @@ def _note_others(
 ) -> None:
     """Says which results count as done though their solves had other options than now asked for."""
     wanted = {(recipe.name, seed) for recipe, seed in asked}
-    recipes = {recipe.name: recipe for recipe, _ in asked}
     for result in whole:
-        options = _options(args, recipes.get(result.row), whole) if result.row in recipes else {}
+        options = _options(args, result.row, whole)
         if (result.row, result.seed) in wanted and any(
             result.options[name] != options[name] for name in OPTIONS
         ):
