@@ -36,7 +36,7 @@ class Row:
 ROWS = (
     Row("mnist", "linear_pcdeq_1", "tanh", 150, 30, steps=10),
     Row("mnist", "single_conv_pcdeq_1", "tanh", 4, 7),
-    Row("mnist", "multi_conv_pcdeq_1", "relu6", 60, 20),
+    Row("mnist", "multi_conv_pcdeq_1", "relu6", 60, 20, steps=5),
     Row("cifar", "multi_conv_pcdeq_1", "relu6", 25, 15),
 )
 BATCH = 64

@@ -116,7 +116,7 @@ class Equilibrium(nn.Module):
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return _FixedPoint.apply(x, weight, self)
         with torch.no_grad():
-            return self._solve_forward(x, weight)
+            return self._solve_forward(x, weight).to(weight.dtype)
 
     def _solve_forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """z = σ(Wz + x), from z = 0."""
@@ -131,7 +131,7 @@ class Equilibrium(nn.Module):
         return z
 
     def _solve_adjoint(self, z: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
-        """g = Jᵀg + ∂L/∂z*, from g = ∂L/∂z*; Jᵀg = Wᵀ(σ'∘g)."""
+        """g = Jᵀg + ∂L/∂z*, from g = ∂L/∂z*, in the dtype of z*; Jᵀg = Wᵀ(σ'∘g)."""
         derivative, transposed = self.f.activation.derivative, self.f.W.transpose(weight)
 
         def iteration(dtype: torch.dtype) -> Linearised:
@@ -145,7 +145,7 @@ class Equilibrium(nn.Module):
         return g
 
     def _solve(self, iteration, start, *, nonnegative: bool):
-        """One solve in the precision asked for: the solution in ``dtype``, and its figures."""
+        """One solve in the precision asked for: the solution in it, and its figures."""
         solver, dtype = SOLVERS[self.solver], self.dtype
         rule = {"tol": self.tolerance, "max_iter": self.max_iter, "nonnegative": nonnegative}
         if not self.uses_low:
@@ -155,7 +155,7 @@ class Equilibrium(nn.Module):
         else:
             start = None if start is None else start.to(LOW)
             solve = solver(iteration(LOW).f, start, **rule)._replace(full=0)
-        return solve.z.to(dtype), solve._replace(z=None)
+        return solve.z, solve._replace(z=None)
 
 
 def _check_option(name: str, value: object) -> None:
@@ -186,7 +186,7 @@ class _FixedPoint(torch.autograd.Function):
         z = equilibrium._solve_forward(x, weight)
         ctx.save_for_backward(z, weight)
         ctx.equilibrium = equilibrium
-        return z
+        return z.to(weight.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
@@ -196,12 +196,11 @@ class _FixedPoint(torch.autograd.Function):
             )
         (z, weight), equilibrium = ctx.saved_tensors, ctx.equilibrium
         y = equilibrium.f.activation.vjp(equilibrium._solve_adjoint(z, weight, grad), z)
-        if not ctx.needs_input_grad[1]:
-            return y, None, None
-        dtype = LOW if equilibrium.only_low else z.dtype
-        with _no_autocast(z):
-            dW = equilibrium.f.W.weight_gradient(z.to(dtype), y.to(dtype)).to(z.dtype)
-        return y, dW, None
+        dW = None
+        if ctx.needs_input_grad[1]:
+            with _no_autocast(z):
+                dW = equilibrium.f.W.weight_gradient(z, y).to(weight.dtype)
+        return y.to(weight.dtype), dW, None
 
 
 def _no_autocast(t: Tensor) -> AbstractContextManager:
