@@ -4,12 +4,11 @@
     python benchmarks/benchmark.py --rows '*linear*' --rounds 20
     python benchmarks/benchmark.py --device cuda
 
-Everything that is compared runs in one process on the same weights and the same batch, in turns
-(of the linear network, and on a GPU, ten steps each: as in training, the caches hold what the last
-step left); each figure is a median over the rounds, and what to read is the ratios. Weights come
-from a few steps of AdamW(1e-3, weight decay 1.5e-2) on the shipped digits. The timed steps have
-learning rate 0, so that all of them see the same weights. torchdeq is optional (``pip install
-torchdeq``).
+Everything that is compared runs in one process on the same weights and the same batch, in turns of
+two to ten steps: as in training, caches and memory hold what the last step left. Each figure is a
+median over the rounds, and what to read is the ratios. Weights come from a few steps of AdamW(1e-3,
+weight decay 1.5e-2) on the shipped digits. The timed steps have learning rate 0, so that all of
+them see the same weights. torchdeq is optional (``pip install torchdeq``).
 """
 
 import argparse

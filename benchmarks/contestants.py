@@ -26,7 +26,7 @@ class Row:
     activation: str
     training_steps: int
     rounds: int
-    steps: int = 1  # of each in a round: one that is short finds the caches as in training
+    steps: int  # of each in a round: in training too a step finds what the last one left
 
     @property
     def name(self) -> str:
@@ -34,10 +34,10 @@ class Row:
 
 
 ROWS = (
-    Row("mnist", "linear_pcdeq_1", "tanh", 150, 30, steps=10),
-    Row("mnist", "single_conv_pcdeq_1", "tanh", 4, 7),
-    Row("mnist", "multi_conv_pcdeq_1", "relu6", 60, 20, steps=5),
-    Row("cifar", "multi_conv_pcdeq_1", "relu6", 25, 15),
+    Row("mnist", "linear_pcdeq_1", "tanh", 150, 30, 10),
+    Row("mnist", "single_conv_pcdeq_1", "tanh", 4, 7, 2),
+    Row("mnist", "multi_conv_pcdeq_1", "relu6", 60, 20, 5),
+    Row("cifar", "multi_conv_pcdeq_1", "relu6", 25, 10, 3),
 )
 BATCH = 64
 TEXTBOOK = "textbook"

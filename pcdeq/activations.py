@@ -55,7 +55,7 @@ class Activation:
 
     def derivative(self, v: Tensor) -> Tensor:
         """σ'(s) as a function of v = σ(s), for s ≥ 0; shape and dtype of v."""
-        return self.vjp(torch.ones_like(v), v)
+        return self.vjp(v.new_ones(()).expand_as(v), v)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         if ACTIVATIONS.get(self.name) is self:

@@ -24,9 +24,12 @@ from pcdeq.processor import BFLOAT16
 
 
 def _convolution_plus() -> Callable[..., Tensor] | None:
-    """oneDNN's convolution that adds to a tensor before it rounds; torch's compiler uses it."""
-    convolution = getattr(torch.ops.mkldnn, "_convolution_pointwise_", None)
-    return convolution.binary if convolution and BFLOAT16 else None
+    """oneDNN's convolution that adds a tensor before it rounds; torch's compiler uses it.
+
+    That of torch 2.11 takes a detour over another layout and is slower than two operators.
+    """
+    convolution = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+    return convolution.binary if convolution and BFLOAT16 and torch.__version__ >= (2, 14) else None
 
 
 CONVOLUTION_PLUS = _convolution_plus()  # in bfloat16, where the processor has it
@@ -133,10 +136,7 @@ class NonnegativeConv2d(Nonnegative):
         low = z.dtype == torch.bfloat16 and z.device.type == "cpu" and CONVOLUTION_PLUS is not None
         if low and not _is_recorded():
             one = [1, 1]  # padding, stride, dilation
-            # The operator that makes a new tensor copies z or b to another layout (torch 2.11).
-            out = b.clone(memory_format=torch.channels_last)
-            CONVOLUTION_PLUS(out, z, factor, None, one, one, one, 1, "add", 1, None, [], None)
-            return out
+            return CONVOLUTION_PLUS(z, b, factor, None, one, one, one, 1, "add", 1, None, [], None)
         return F.conv2d(z, factor, padding=1).add_(b)
 
     @staticmethod
