@@ -131,7 +131,7 @@ class _Rows:
 
     def row(self, channels: Tensor) -> Tensor:
         """A value a channel as a row."""
-        return channels.repeat(self.pixels)
+        return channels.expand(self.pixels, -1).reshape(-1)
 
     def mean(self, sums: Tensor) -> Tensor:
         """The mean of each channel, from the sum of all rows."""
