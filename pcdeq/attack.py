@@ -39,10 +39,14 @@ def attack(
         ValueError: ``steps`` is no whole number from 1 on.
     """
     check_count("steps", steps)
-    stride = (upper - lower) * (1.25 / steps)
-    points = x.clamp(lower, upper)
-    worst = Attack(points, points.new_full((len(points),), torch.inf))
-    with evaluating(model), frozen(model), torch.enable_grad():
+    with torch.inference_mode(False), evaluating(model), frozen(model), torch.enable_grad():
+        # Tensors of an inference mode that the caller is in take part in no gradient.
+        x, lower, upper, target = (
+            t.clone() if t.is_inference() else t.detach() for t in (x, lower, upper, target)
+        )
+        stride = (upper - lower) * (1.25 / steps)
+        points = x.clamp(lower, upper)
+        worst = Attack(points, points.new_full((len(points),), torch.inf))
         for step in range(steps + 1):
             points = points.detach().requires_grad_(step < steps)
             margin = _margin(model(points), target)

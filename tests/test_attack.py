@@ -45,6 +45,16 @@ def test_vectors_are_attacked_as_images_are():
     torch.testing.assert_close(found.points, x + torch.tensor([-0.1, 0.1]))
 
 
+def test_an_attack_in_inference_mode_is_the_same():
+    model, (x, labels) = network("linear_pcdeq_1", "tanh"), (part[:5] for part in digits()[2:])
+    expected = attack(model, x, x - 0.1, x + 0.1, labels, steps=3)
+    with torch.inference_mode():
+        found = attack(model, x * 1, x - 0.1, x + 0.1, labels, steps=3)
+        assert (x * 1).is_inference() and torch.is_inference_mode_enabled()
+    assert torch.equal(found.margin, expected.margin)
+    assert torch.equal(found.points, expected.points)
+
+
 def test_the_attack_leaves_the_network_as_it_was():
     model = build_network("linear_pcdeq_1", "relu6").train()
     before = copy.deepcopy(model.state_dict())
