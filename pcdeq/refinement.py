@@ -107,7 +107,7 @@ def _corrected(
     """z + δ with δ = Jδ + r solved in bfloat16, the products that it took, and whether it is."""
     rule = {"tol": CORRECTION_TOL, "max_iter": max_iter, "nonnegative": False}
     correction = solver(low.tangent(fz.to(LOW), r), r, **rule)
-    z = fz + (correction.z - r)  # its z is f(z) − r
+    z = (correction.z - r).to(fz.dtype).add_(fz)  # its z is f(z) − r
     return z, correction.iterations, correction.converged
 
 
