@@ -39,11 +39,8 @@ def attack(
         ValueError: ``steps`` is no whole number from 1 on.
     """
     check_count("steps", steps)
-    with torch.inference_mode(False), evaluating(model), frozen(model), torch.enable_grad():
-        # Tensors of an inference mode that the caller is in take part in no gradient.
-        x, lower, upper, target = (
-            t.clone() if t.is_inference() else t.detach() for t in (x, lower, upper, target)
-        )
+    with evaluating(model), frozen(model), torch.inference_mode(False), torch.enable_grad():
+        target = target.clone()  # one of an inference mode outside takes part in no gradient
         stride = (upper - lower) * (1.25 / steps)
         points = x.clamp(lower, upper)
         worst = Attack(points, points.new_full((len(points),), torch.inf))
@@ -57,7 +54,7 @@ def attack(
             )
             if step < steps:
                 (gradient,) = torch.autograd.grad(margin.sum(), points)
-                points = (points - stride * gradient.sign()).clamp(lower, upper)
+                points = (points.detach() - stride * gradient.sign()).clamp(lower, upper)
     return worst
 
 

@@ -78,7 +78,7 @@ class Equilibrium(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the layer's parameters, and of z*."""
+        """Of the layer's parameters, and of z* as it leaves."""
         return self.f.W.weight_v.dtype
 
     @property
@@ -88,7 +88,7 @@ class Equilibrium(nn.Module):
 
     @property
     def only_low(self) -> bool:
-        """Whether solves, the gradient of W and the convolutions between blocks use it alone."""
+        """Whether solves, gradients and the convolutions between blocks use it alone."""
         return self.precision == "bf16" and self.uses_low
 
     @property
@@ -131,7 +131,7 @@ class Equilibrium(nn.Module):
         return z
 
     def _solve_adjoint(self, z: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
-        """g = Jᵀg + ∂L/∂z*, from g = ∂L/∂z*, in the dtype of z*; Jᵀg = Wᵀ(σ'∘g)."""
+        """g = Jᵀg + ∂L/∂z*, from g = ∂L/∂z*; Jᵀg = Wᵀ(σ'∘g)."""
         derivative, transposed = self.f.activation.derivative, self.f.W.transpose(weight)
 
         def iteration(dtype: torch.dtype) -> Linearised:
@@ -195,8 +195,9 @@ class _FixedPoint(torch.autograd.Function):
                 "a pcDEQ block is differentiable once: create_graph=True is not supported"
             )
         (z, weight), equilibrium = ctx.saved_tensors, ctx.equilibrium
-        y = equilibrium.f.activation.vjp(equilibrium._solve_adjoint(z, weight, grad), z)
-        dW = None
+        g = equilibrium._solve_adjoint(z, weight, grad)
+        z = z.to(g.dtype)  # no other, unless the precision has been changed since
+        y, dW = equilibrium.f.activation.vjp(g, z), None
         if ctx.needs_input_grad[1]:
             with _no_autocast(z):
                 dW = equilibrium.f.W.weight_gradient(z, y).to(weight.dtype)

@@ -26,17 +26,19 @@ from pcdeq.processor import BFLOAT16
 def _convolution_plus() -> Callable[..., Tensor] | None:
     """oneDNN's convolution that adds a tensor before it rounds; torch's compiler uses it.
 
-    That of torch 2.11 takes a detour over another layout and is slower than two operators.
+    None where bfloat16 is emulated, and before torch 2.14: that of 2.11 takes a detour over another
+    layout and is slower than two operators.
     """
     convolution = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
     return convolution.binary if convolution and BFLOAT16 and torch.__version__ >= (2, 14) else None
 
 
-CONVOLUTION_PLUS = _convolution_plus()  # in bfloat16, where the processor has it
+CONVOLUTION_PLUS = _convolution_plus()  # for bfloat16
+ONES = [1, 1]  # padding, stride, dilation
 
 
 def _is_recorded() -> bool:
-    """Whether someone looks on, autograd or a tracer: no in-place operators, none of oneDNN's."""
+    """Whether someone looks on, autograd or a tracer: no σ in place, no operator of oneDNN's."""
     return torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
@@ -87,7 +89,7 @@ class NonnegativeLinear(Nonnegative):
         return F.linear(z, weight)
 
     @staticmethod
-    def factor(weight: Tensor) -> Tensor:
+    def factor(weight: Tensor, b: Tensor) -> Tensor:
         """Wᵀ: what ``affine`` multiplies the rows of z by."""
         return weight.t()
 
@@ -122,21 +124,25 @@ class NonnegativeConv2d(Nonnegative):
         return F.conv2d(z, weight, padding=1)
 
     @staticmethod
-    def factor(weight: Tensor) -> Tensor:
-        """W, as it is."""
+    def factor(weight: Tensor, b: Tensor) -> Tensor:
+        """W; for ``CONVOLUTION_PLUS`` packed for images of the shape of b, once for a solve."""
+        low = weight.dtype == torch.bfloat16 and weight.is_cpu and CONVOLUTION_PLUS is not None
+        if low and b.numel() > 0 and not _is_recorded():
+            pack = torch.ops.mkldnn._reorder_convolution_weight.default
+            return pack(weight, ONES, ONES, ONES, 1, b.shape)
         return weight
 
     @staticmethod
     def affine(b: Tensor, z: Tensor, factor: Tensor) -> Tensor:
         """W∗z + b, shape (B, channels, H, W).
 
-        In bfloat16 oneDNN adds b to its sums before they are rounded: one pass and one rounding
-        less. In float32 that would gain nothing.
+        With a packed W, b is added before the sums are rounded: one pass and one rounding less. In
+        float32 that would gain nothing.
         """
-        low = z.dtype == torch.bfloat16 and z.device.type == "cpu" and CONVOLUTION_PLUS is not None
-        if low and not _is_recorded():
-            one = [1, 1]  # padding, stride, dilation
-            return CONVOLUTION_PLUS(z, b, factor, None, one, one, one, 1, "add", 1, None, [], None)
+        if factor.is_mkldnn:
+            return CONVOLUTION_PLUS(
+                z, b, factor, None, ONES, ONES, ONES, 1, "add", 1, None, [], None
+            )
         return F.conv2d(z, factor, padding=1).add_(b)
 
     @staticmethod
@@ -178,7 +184,7 @@ class ConcaveLayer(nn.Module):
         ``adjoint``.
         """
         sigma = self.activation.function if _is_recorded() else self.activation.function_
-        return partial(_f, self.W.affine, sigma, x, self.W.factor(weight))
+        return partial(_f, self.W.affine, sigma, x, self.W.factor(weight, x))
 
     def tangent(self, slope: Tensor, r: Tensor, weight: Tensor) -> Callable[[Tensor], Tensor]:
         """v ↦ Jv + r = σ'∘(Wv) + r, from the slope σ' and W."""
@@ -186,7 +192,7 @@ class ConcaveLayer(nn.Module):
 
     def adjoint(self, slope: Tensor, b: Tensor, transposed: Tensor) -> Callable[[Tensor], Tensor]:
         """g ↦ Jᵀg + b = Wᵀ(σ'∘g) + b, from the slope σ' and Wᵀ."""
-        return partial(_adjoint, self.W.affine, b, slope, self.W.factor(transposed))
+        return partial(_adjoint, self.W.affine, b, slope, self.W.factor(transposed, b))
 
 
 # Plain functions with nothing but arguments: a solver can see all that a map depends on.

@@ -55,6 +55,14 @@ def test_an_attack_in_inference_mode_is_the_same():
     assert torch.equal(found.points, expected.points)
 
 
+def test_an_attack_that_fails_leaves_the_network_as_it_was_too():
+    with torch.inference_mode():
+        model, x = build_network("linear_pcdeq_1", "tanh"), torch.rand(2, 1, 28, 28)
+        with pytest.raises(RuntimeError, match="Inference tensors"):  # no gradient of such a model
+            attack(model, x, x - 0.1, x + 0.1, torch.arange(2), steps=1)
+        assert model.training and all(p.requires_grad for p in model.parameters())
+
+
 def test_the_attack_leaves_the_network_as_it_was():
     model = build_network("linear_pcdeq_1", "relu6").train()
     before = copy.deepcopy(model.state_dict())

@@ -283,6 +283,27 @@ def test_the_gradient_of_the_weight_is_taken_in_its_precision(kind, precision, d
     assert W.weight_v.grad.dtype == torch.float32
 
 
+@both
+@pytest.mark.parametrize("change", [*PRECISIONS, "double", "solver"])
+@every_precision
+def test_the_way_back_may_have_other_options_than_the_way_there(kind, precision, change):
+    block, h, probe = make(kind, precision=precision), signal(kind), torch.rand(SHAPES[kind])
+    _, truths = exact(block, h, probe)
+    leaves = [h.requires_grad_(), *block.parameters()]
+    z = block(h)
+    if change == "double":
+        block.double()
+        leaves = leaves[:1]  # torch has replaced the parameters
+    elif change == "solver":
+        block.deq.solver = "anderson"
+    else:
+        block.deq.precision = change
+    for gradient, truth in zip(
+        torch.autograd.grad((z * probe).sum(), leaves), truths, strict=False
+    ):
+        assert distance(gradient, truth) < (0.05 if "bf16" in (precision, change) else 1e-3)
+
+
 def test_a_network_in_bfloat16_meets_its_rule():
     torch.manual_seed(0)
     block = make("linear", "softsign", root=0.6, n=16).bfloat16()

@@ -106,13 +106,13 @@ def test_affine_is_the_map_and_b(kind, onednn, dtype, layouts, monkeypatch):
             for name, t in (("z", z), ("b", b))
         )
     weight, kept = W.weight().detach(), b.clone()
-    value = W.affine(b, z, W.factor(weight))
+    value = W.affine(b, z, W.factor(weight, b))
     truth = W.apply(z.double(), weight.double()) + b.double()
     rounding = {torch.float64: 1e-14, torch.float32: 1e-5, torch.bfloat16: 2.0**-7}[dtype]
     assert (value - truth).abs().max() <= rounding * truth.abs().max()
     assert value.dtype == dtype and torch.equal(b, kept)  # b is x, or a gradient: not ours to write
     assert value.data_ptr() not in (z.data_ptr(), b.data_ptr())
-    assert W.affine(b[:0], z[:0], W.factor(weight)).shape == z[:0].shape
+    assert W.affine(b[:0], z[:0], W.factor(weight, b[:0])).shape == z[:0].shape
 
 
 @pytest.mark.skipif(layers.CONVOLUTION_PLUS is None, reason="needs bfloat16 in the processor")
@@ -122,11 +122,11 @@ def test_a_convolution_in_bfloat16_and_its_sum_are_rounded_once(monkeypatch):
     weight = W.weight().detach()
     truth = W.apply(z.double(), weight.double()) + b.double()
     with torch.no_grad():
-        once = (W.affine(b, z, W.factor(weight)) - truth).norm()
+        once = (W.affine(b, z, W.factor(weight, b)) - truth).norm()
         assert once <= 2.0**-8 * truth.norm()
         monkeypatch.setattr(layers, "CONVOLUTION_PLUS", None)
-        assert once < 0.95 * (W.affine(b, z, W.factor(weight)) - truth).norm()
-    recorded = W.affine(b, z.requires_grad_(), W.factor(weight))
+        assert once < 0.95 * (W.affine(b, z, W.factor(weight, b)) - truth).norm()
+    recorded = W.affine(b, z.requires_grad_(), W.factor(weight, b))
     (gradient,) = torch.autograd.grad(recorded.sum(), z)  # the plain operators, which have one
     assert gradient.shape == z.shape and gradient.isfinite().all()
 
