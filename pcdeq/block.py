@@ -33,7 +33,7 @@ class PcDEQ(nn.Module):
         if unknown := options.keys() - OPTIONS:
             raise TypeError(
                 f"{type(self).__name__} has no option {min(unknown)!r}: choose from "
-                f"activation, {', '.join(OPTIONS)}"
+                f"activation, {', '.join(OPTIONS)}; .to() sets dtype and device"
             )
         self.deq = Equilibrium(ConcaveLayer(W, get_activation(activation)), **options)
 

@@ -157,9 +157,10 @@ def load_network(
         identity = _identity(content, path)
         for key, value in asked.items():
             if value is not None and value != identity[key]:
-                raise CheckpointError(
-                    f"{path} holds {_sentence(identity)}: its {key} is not {value}"
-                )
+                other = f"its {key} is not {value}"
+                if key == "augment":
+                    other = f"it was trained with{'out' * value} augmentation"
+                raise CheckpointError(f"{path} holds {_sentence(identity)}: {other}")
         if identity["classes"] != len(classifier):
             raise CheckpointError(
                 f"{path} holds {_sentence(identity)}, but a classifier of {len(classifier)}"

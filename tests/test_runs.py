@@ -85,6 +85,12 @@ def test_the_folder_is_named_after_the_run():
     assert config_of("here").folder == Path("here")
 
 
+def test_a_run_is_refused_where_others_have_folders_of_their_own(finished):
+    among = replace(finished, out=str(finished.folder.parent))
+    with pytest.raises(ValueError, match=rf"holds runs \({finished.folder}\): name another folder"):
+        check_folder(among)
+
+
 def test_a_run_is_refused_where_one_is(finished):
     with pytest.raises(ValueError, match=r"already holds a run: --resume .* --overwrite"):
         check_folder(finished)

@@ -160,7 +160,12 @@ def test_a_run_leaves_its_folder(tmp_path, capsys):
     assert "70,410 parameters" in out[0] and "640 training and 250 test images" in out[1]
     assert len(out) == 2 + 1 + 3 + 1  # the network, the header, the epochs, the end
     train(config_of(tmp_path / "short", epochs=1, milestone=1))
-    assert "the learning rate never falls: -m 1 is not below -epochs" in capsys.readouterr().out
+    assert (
+        "note: the learning rate never falls: -m 1 is not below -epochs" in capsys.readouterr().out
+    )
+    train(config_of(tmp_path / "low", epochs=1, precision="bf16"))
+    said = capsys.readouterr().out
+    assert "note: solves end at 0.00390625, not at --tol 0.0001: bfloat16 has no more" in said
     last = torch.load(config.folder / "last.pth", weights_only=True)
     assert last["network"] == "linear_pcdeq_1" and last["classes"] == 10
     assert min(last["model"][f"block.deq.f.W.weight_{part}"].min() for part in "gv") >= 0
@@ -209,7 +214,7 @@ def test_a_finished_run_says_so_and_reads_nothing(tmp_path, monkeypatch, capsys)
     capsys.readouterr()
     monkeypatch.setattr(data, "load", None)
     result = train(config_of(tmp_path, epochs=1, resume=True))
-    assert capsys.readouterr().out.startswith("finished already, after 1 epochs: best ")
+    assert capsys.readouterr().out.startswith("finished already, after 1 epoch: best ")
     assert len(result.rows) == 1 and (tmp_path / "last.pth").read_bytes() == before
 
 

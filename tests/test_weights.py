@@ -64,6 +64,10 @@ def test_weights_that_are_not_finite_are_refused(value, save, tmp_path):
 def test_the_augmented_network(tmp_path):
     model = perturbed("multi_conv_pcdeq_2", "sigmoid", "cifar", augment=True)
     assert describe(load_network(ours(model, tmp_path / "a"))) == describe(model)
+    with pytest.raises(CheckpointError, match="it was trained with augmentation"):
+        load_network(tmp_path / "a", augment=False)
+    with pytest.raises(CheckpointError, match="it was trained without augmentation"):
+        load_network(ours(perturbed(), tmp_path / "c"), augment=True)
     path = authors(model, tmp_path / "b")
     assert same(load_network(path, "multi_conv_pcdeq_2", "sigmoid", "cifar", augment=True), model)
     with pytest.raises(CheckpointError, match="another shape"):

@@ -146,11 +146,12 @@ def _networks(dataset: str) -> list[str]:
 # fmt: off
 def _parser(dataset: str, augmentation: bool) -> argparse.ArgumentParser:
     nets = _networks(dataset)
+    cheap = next(net for net in nets if not net.startswith("single_conv"))
     prog = f"train_{dataset}.py"
     parser = program(
         prog, "-net NET [options]",
         "Trains a positive concave deep equilibrium network (pcDEQ, ICML 2024).",
-        EXAMPLES.format(prog=prog, first=nets[0], last=nets[-1]),
+        EXAMPLES.format(prog=prog, first=cheap, last=nets[-1]),
     )
     parser.set_defaults(augment=False, **DEFAULTS[dataset])
 
@@ -185,7 +186,8 @@ def _parser(dataset: str, augmentation: bool) -> argparse.ArgumentParser:
                      help="the run's folder (default: runs/NAME_OF_RUN)")
     again = run.add_mutually_exclusive_group().add_argument
     again("--overwrite", action="store_true", help="start anew where the folder holds a run")
-    again("--resume", action="store_true", help="go on where the folder's run stopped")
+    again("--resume", action="store_true",
+          help="go on with the folder's run, under the same flags")
     run.add_argument("--certify", action="store_true",
                      help="at the end, certificates of the test set's equilibria")
     add_help(run)

@@ -132,16 +132,17 @@ def _run(
         for recipe, seed in asked
         if (recipe.name, seed) not in have
     ]
+    if not jobs:
+        print(
+            f"nothing to do: {results} holds all {len(asked)} results of {len(recipes)} row(s); "
+            "with another --results DIR they are measured anew",
+            file=sys.stderr if args.list else sys.stdout,
+        )
+        return
     if args.list:
         with contextlib.suppress(BrokenPipeError):  # `| head -1` leaves early
             for job in jobs:
                 print(shlex.join(job.command))
-        return
-    if not jobs:
-        print(
-            f"nothing to do: {results} holds all {len(asked)} results of {len(recipes)} row(s); "
-            "with another --results DIR they are measured anew"
-        )
         return
     _fetch({recipe.dataset for recipe, seed in asked if (recipe.name, seed) not in have}, args)
     threads = share(args.jobs)

@@ -57,6 +57,8 @@ def check_folder(config: RunConfig) -> None:
         raise ValueError("--resume and --overwrite exclude each other")
     _check_writable(folder)
     if not any((folder / name).exists() for name in (METRICS, BEST, LAST)):
+        if others := sorted(folder.glob(f"*/{CONFIG}")):
+            raise ValueError(f"{folder} holds runs ({others[0].parent}): name another folder")
         return  # no epoch was completed
     if not (config.resume or config.overwrite):
         raise ValueError(

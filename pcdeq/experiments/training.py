@@ -69,7 +69,8 @@ def train(config: RunConfig) -> RunResult:
                 raise RunError(f"whoever read the output has gone; {advice}") from None
 
         if len(result.rows) >= config.epochs and not config.certify:
-            say(f"finished already, after {len(result.rows)} epochs: {result}")
+            done = len(result.rows)
+            say(f"finished already, after {done} epoch{'s' * (done > 1)}: {result}")
             return result
 
         trainer, test_set = _prepare(config, processes, say)
@@ -86,10 +87,13 @@ def train(config: RunConfig) -> RunResult:
         )
         if warning := machine.precision_warning(config.precision, processes.device):
             say(warning)
+        ends = trainer.network.blocks[0].deq.tolerance
+        if ends > config.tol:
+            say(f"note: solves end at {ends:g}, not at --tol {config.tol:g}: bfloat16 has no more")
         if checkpoint and not (run.folder / BEST).exists():
             say(f"{BEST} is gone: the first epoch that is better than all before writes it again")
         if config.milestone >= config.epochs:
-            say(f"the learning rate never falls: -m {config.milestone} is not below -epochs")
+            say(f"note: the learning rate never falls: -m {config.milestone} is not below -epochs")
         if len(result.rows) < config.epochs:
             say(HEADER)
         with Signals() as signals:
