@@ -10,7 +10,7 @@ import torch
 from blocks import both, every_device, every_precision, every_solver, in_threads, make, run, signal
 from torch import Tensor
 
-from pcdeq import replay, solvers
+from pcdeq import layers, replay, solvers
 from pcdeq.layers import _f
 from pcdeq.replay import Replay, lend, pays
 from pcdeq.solvers import SOLVERS
@@ -44,6 +44,7 @@ def recordings(request, monkeypatch):
     if not (parameters and parameters.params.get("device") == "cuda"):
         monkeypatch.setattr(replay, "Replay", Simulated)
         monkeypatch.setattr(replay, "_surroundings", tuple)
+        monkeypatch.setattr(layers, "CONVOLUTION_PLUS", None)  # no kernel is packed there
         at_once = solvers._at_once
         monkeypatch.setattr(
             solvers, "_at_once", lambda f: 4 if isinstance(f, partial) else at_once(f)
