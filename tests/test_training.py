@@ -165,7 +165,7 @@ def test_a_run_leaves_its_folder(tmp_path, capsys):
     )
     train(config_of(tmp_path / "low", epochs=1, precision="bf16"))
     said = capsys.readouterr().out
-    assert "note: solves end at 0.00390625, as their precision cannot reach --tol 0.0001" in said
+    assert "note: solves end at 0.00390625, as --tol 0.0001 is beyond their precision" in said
     last = torch.load(config.folder / "last.pth", weights_only=True)
     assert last["network"] == "linear_pcdeq_1" and last["classes"] == 10
     assert min(last["model"][f"block.deq.f.W.weight_{part}"].min() for part in "gv") >= 0

@@ -89,7 +89,7 @@ def train(config: RunConfig) -> RunResult:
             say(warning)
         ends = trainer.network.blocks[0].deq.tolerance
         if ends > config.tol:
-            say(f"note: solves end at {ends:g}, as their precision cannot reach --tol {config.tol:g}")
+            say(f"note: solves end at {ends:g}, as --tol {config.tol:g} is beyond their precision")
         if checkpoint and not (run.folder / BEST).exists():
             say(f"{BEST} is gone: the first epoch that is better than all before writes it again")
         if config.milestone >= config.epochs:
