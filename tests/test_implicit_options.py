@@ -298,9 +298,8 @@ def test_the_way_back_may_have_other_options_than_the_way_there(kind, precision,
         block.deq.solver = "anderson"
     else:
         block.deq.precision = change
-    for gradient, truth in zip(
-        torch.autograd.grad((z * probe).sum(), leaves), truths, strict=False
-    ):
+    gradients = torch.autograd.grad((z * probe).sum(), leaves)
+    for gradient, truth in zip(gradients, truths[: len(leaves)], strict=True):
         assert distance(gradient, truth) < (0.05 if "bf16" in (precision, change) else 1e-3)
 
 

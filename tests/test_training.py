@@ -1,4 +1,7 @@
-"""A step against one written out, and runs: equal from one seed, exact after a resume, stopped."""
+"""A step against one written out, and runs: equal from one seed, exact after a resume, stopped.
+
+In one file, as steps, epochs and runs are all of the same few digits, from ``config_of``.
+"""
 
 import csv
 import json
