@@ -1,11 +1,9 @@
 """Batch normalisation of images in the parameters' precision; of few channels, on a CPU, faster.
 
-In channels_last torch vectorises over the channels of a pixel. Where they do not fill its vectors
-(12, 20, 24, 50 and 82 channels of the conv networks) its kernels take scalar steps, which with
-AVX-512 cost a tenth of a training step. The same arithmetic, written as passes over rows of many
-pixels at once, is several times as fast there (24 channels were not measured alone). With the
-shorter vectors of AVX2 it is faster for 12 channels of 28×28 pixels only: in half the time with two
-threads, with one in two thirds at best.
+In channels_last torch's threads sum over the channels side by side. Where those do not fill whole
+cache lines (12, 20, 24, 50 and 82 channels of the conv networks), threads write to the same line,
+and two of them are slower than one. The same arithmetic takes a third to four fifths of that time
+if rows of many pixels at once are what the kernels see as channels, each with sums of its own.
 
 y = w·(h − m)/√(v + ε) + b with mean m and variance v of each channel over batch and pixels
 (Ioffe and Szegedy, 2015).
@@ -13,14 +11,14 @@ y = w·(h − m)/√(v + ε) + b with mean m and variance v of each channel over
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from pcdeq.processor import AVX512
-
-# Channels that torch's kernels take at once, and from which on scalar steps no longer matter.
-VECTOR, MANY = (16, 100) if AVX512 else (8, 16)
+LINE = 64  # bytes of a cache line
+MANY = 128  # channels, from where on what threads share no longer matters
+ENOUGH = 2**13  # values of a channel, up to which the overhead of more operations is larger
 PIXELS = 64  # in a row, at most: long rows, and still many of them
 BLOCK = 2**18  # values in a few rows
 
@@ -55,8 +53,9 @@ class BatchNorm2d(nn.BatchNorm2d):
             and h.dtype in (torch.float32, torch.float64)
             and h.ndim == 4
             and h.shape[1] == self.num_features < MANY
-            and h.shape[1] % VECTOR > 0
-            and h.numel() > h.shape[1]  # torch has the error for one value a channel
+            and h.shape[1] * h.element_size() % LINE > 0
+            and h.numel() >= ENOUGH * h.shape[1]
+            and torch.get_num_threads() > 1
             and h.is_contiguous(memory_format=torch.channels_last)
             and None not in (self.momentum, self.num_batches_tracked)
             and all(t is not None and t.dtype == h.dtype for t in state)
@@ -65,23 +64,20 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class _Normalise(torch.autograd.Function):
-    """(h, w, b, ε) ↦ (y, m, v). With ⟨·⟩ a channel's mean, c = h − m, s = w/√(v + ε):
+    """(h, w, b, ε) ↦ (y, m, v). With c = (h − m)/√(v + ε), s = w/√(v + ε) and n values a channel:
 
-    ∂h = s·(g − ⟨g⟩ − c·⟨gc⟩/(v + ε)), ∂w = Σ gc/√(v + ε), ∂b = Σ g.
+    ∂w = Σ gc, ∂b = Σ g, ∂h = s·(g − ∂b/n − c·∂w/n).
     """
 
     @staticmethod
     def forward(ctx, h: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tensor, ...]:
         rows, y = _Rows(h), torch.empty_like(h)
-        m = rows.mean(rows.of(h).sum(0))
-        mean, squares, spare = rows.row(m), 0, rows.spare(h)
-        for h_few, y_few in rows.blocks(h, y):
-            c = torch.sub(h_few, mean, out=y_few)
-            squares = squares + torch.mul(c, c, out=spare[: len(c)]).sum(0)
-        v = rows.mean(squares)
+        means, variances = torch.ops.aten.batch_norm_update_stats(rows.image(h), None, None, 0)
+        m = rows.sum(means) / rows.pixels
+        v = rows.sum(variances + (means - rows.row(m)).square_()) / rows.pixels
         inverse = (v + eps).rsqrt_()
-        c = rows.of(y)
-        torch.addcmul(rows.row(b), c, rows.row(inverse * w), out=c)
+        s = inverse * w
+        torch.addcmul(rows.row(b - m * s), rows.of(h), rows.row(s), out=rows.of(y))
         ctx.save_for_backward(h, w, m, inverse)
         ctx.mark_non_differentiable(m, v)
         ctx.eps = eps
@@ -90,22 +86,20 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor, *_: None) -> tuple[Tensor, Tensor, Tensor, None]:
         h, w, m, inverse = ctx.saved_tensors
+        own = partial(torch.ops.aten.native_batch_norm_backward, train=True, eps=ctx.eps)
         if torch.is_grad_enabled():  # create_graph=True: torch knows the second derivative
-            own = torch.ops.aten.native_batch_norm_backward
-            return *own(g, h, w, None, None, m, inverse, True, ctx.eps, [True] * 3), None
+            return *own(g, h, w, None, None, m, inverse, output_mask=[True] * 3), None
         rows, dh = _Rows(h), torch.empty_like(h)
         g = g.contiguous(memory_format=torch.channels_last)
-        mean, gc, spare = rows.row(m), 0, rows.spare(h)
-        for h_few, g_few in rows.blocks(h, g):
-            c = torch.sub(h_few, mean, out=spare[: len(h_few)])
-            gc = gc + c.mul_(g_few).sum(0)
-        mean_g, mean_gc, s = rows.mean(rows.of(g).sum(0)), rows.mean(gc), inverse * w
-        constant, of_g = rows.row(-s * mean_g), rows.row(s)
-        of_c = rows.row(-s * inverse.square() * mean_gc)
+        state = rows.row(w), None, None, rows.row(m), rows.row(inverse)
+        _, dw, db = own(rows.image(g), rows.image(h), *state, output_mask=[False, True, True])
+        dw, db, s = rows.sum(dw), rows.sum(db), inverse * w
+        of_h = -s * inverse * dw / rows.values
+        constant = rows.row(-s * db / rows.values - of_h * m)
+        of_h, of_g = rows.row(of_h), rows.row(s)
         for h_few, g_few, out in rows.blocks(h, g, dh):
-            c = torch.sub(h_few, mean, out=out)
-            torch.addcmul(constant, c, of_c, out=out).addcmul_(g_few, of_g)
-        return dh, mean_gc * inverse * rows.values, mean_g * rows.values, None
+            torch.addcmul(constant, h_few, of_h, out=out).addcmul_(g_few, of_g)
+        return dh, dw, db, None
 
 
 class _Rows:
@@ -115,24 +109,25 @@ class _Rows:
         b, self.channels, h, w = images.shape
         self.values = b * h * w  # of each channel
         self.pixels = math.gcd(self.values, PIXELS)
-        self.few = max(1, BLOCK // (self.pixels * self.channels))
+        self.length = self.pixels * self.channels
+        self.few = max(1, BLOCK // self.length)
 
     def of(self, images: Tensor) -> Tensor:
-        """(B, channels, H, W) as (rows, pixels·channels), a view where it is in channels_last."""
-        return images.permute(0, 2, 3, 1).reshape(-1, self.pixels * self.channels)
+        """(B, channels, H, W) as (rows, length), a view where it is in channels_last."""
+        return images.permute(0, 2, 3, 1).reshape(-1, self.length)
+
+    def image(self, images: Tensor) -> Tensor:
+        """The same as an image of that many channels, (1, length, rows, 1), in channels_last."""
+        return images.permute(0, 2, 3, 1).reshape(1, -1, 1, self.length).permute(0, 3, 1, 2)
 
     def blocks(self, *images: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """A few rows of each at a time: what is made of them is still in the cache."""
         return zip(*(self.of(t).split(self.few) for t in images), strict=True)
 
-    def spare(self, images: Tensor) -> Tensor:
-        """Memory for a few rows."""
-        return images.new_empty(self.few, self.pixels * self.channels)
-
     def row(self, channels: Tensor) -> Tensor:
         """A value a channel as a row."""
-        return channels.expand(self.pixels, -1).reshape(-1)
+        return channels.expand(self.pixels, -1).reshape(-1).contiguous()  # of one channel a view
 
-    def mean(self, sums: Tensor) -> Tensor:
-        """The mean of each channel, from the sum of all rows."""
-        return sums.view(self.pixels, self.channels).sum(0) / self.values
+    def sum(self, row: Tensor) -> Tensor:
+        """The sum over the pixels of a row, of each channel."""
+        return row.view(self.pixels, self.channels).sum(0)

@@ -9,13 +9,14 @@ from torch import nn
 from pcdeq import normalisation
 from pcdeq.normalisation import BatchNorm2d
 
-CONSTANTS = normalisation.VECTOR, normalisation.MANY  # of this processor
+ENOUGH = normalisation.ENOUGH
 
 
 @pytest.fixture(autouse=True)
 def few_rows_at_a_time(monkeypatch):
-    """Its own arithmetic for few channels, whatever the processor, in blocks of unequal length."""
-    for name, value in (("VECTOR", 8), ("MANY", 100), ("BLOCK", 1000)):
+    """Its own arithmetic, whatever the threads and the size, in blocks of unequal length."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for name, value in (("ENOUGH", 2), ("BLOCK", 1000)):
         monkeypatch.setattr(normalisation, name, value)
 
 
@@ -55,22 +56,34 @@ def test_values_gradients_and_statistics_are_those_of_torch(channels, shape):
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "vector, many, own", [(8, 16, [1, 12]), (16, 100, [1, 8, 12, 20, 24, 50, 82])]
-)
-def test_where_its_own_arithmetic_is_at_work(vector, many, own, monkeypatch):
-    """Neither where channels fill vectors nor where there are many; with AVX2 and AVX-512."""
-    assert CONSTANTS in ((8, 16), (16, 100))
-    monkeypatch.setattr(normalisation, "VECTOR", vector)
-    monkeypatch.setattr(normalisation, "MANY", many)
-    calls = []
-    apply = normalisation._Normalise.apply
+@pytest.fixture
+def own(monkeypatch) -> list[int]:
+    """The channels of the batches that its own arithmetic gets."""
+    calls, apply = [], normalisation._Normalise.apply
     monkeypatch.setattr(
         normalisation._Normalise, "apply", lambda *a: calls.append(a[0].shape[1]) or apply(*a)
     )
-    for channels in (1, 8, 12, 16, 20, 24, 48, 50, 64, 82, 125):
+    return calls
+
+
+def test_its_own_arithmetic_is_for_channels_that_fill_no_cache_line(own):
+    for channels in (1, 8, 12, 16, 20, 24, 32, 48, 50, 82, 125, 128, 140):
         BatchNorm2d(channels)(images(channels, torch.float32))
-    assert calls == own
+    assert own == [1, 8, 12, 20, 24, 50, 82, 125]
+    own.clear()
+    for channels in (8, 12, 16):
+        BatchNorm2d(channels).double()(images(channels, torch.float64))
+    assert own == [12]
+
+
+def test_its_own_arithmetic_is_for_many_values_and_several_threads(own, monkeypatch):
+    monkeypatch.setattr(normalisation, "ENOUGH", ENOUGH)
+    for size in (6, 13, 28):
+        BatchNorm2d(12)(images(12, torch.float32, batch=64, h=size, w=size))
+    assert len(own) == 2
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    BatchNorm2d(12)(images(12, torch.float32, batch=64, h=28, w=28))
+    assert len(own) == 2
 
 
 def test_first_and_second_derivatives():
@@ -136,7 +149,7 @@ def test_a_lower_precision_leaves_in_that_of_the_parameters(channels, low, train
         rounding = 2.0**-7 if i == 1 else 1e-4
         torch.testing.assert_close(mine, reference, rtol=rounding, atol=rounding)
     assert torch.equal(ours.running_mean, torch.zeros(channels)) == (not training)
-    assert ours._is_faster(x.float()) == (training and channels < normalisation.MANY)
+    assert ours._is_faster(x.float()) == training
     if not ours._is_faster(x.float()):  # it is left to torch
         assert torch.equal(ours(x), theirs(x.float()))
         assert torch.equal(ours.running_var, theirs.running_var)
