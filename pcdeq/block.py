@@ -52,7 +52,7 @@ class PcDEQ(nn.Module):
         """z* of the shape of h, in the parameters' dtype.
 
         Raises:
-            TypeError: h is complex.
+            TypeError: h is complex, or no tensor.
         """
         if h.is_complex():
             raise TypeError("a pcDEQ layer is for real inputs: σ is concave on [0, ∞)")
@@ -80,8 +80,10 @@ class PcDEQLinear(PcDEQ):
         """z* of the shape of h; the axes before the last one are one batch to the stopping rule.
 
         Raises:
+            TypeError: h is complex, or no tensor.
             ValueError: the last axis is not as long as the layer is wide.
         """
+        check_tensor(h)
         features = self.deq.f.W.width
         if h.ndim == 0 or h.shape[-1] != features:
             raise ValueError(f"vectors must be of shape (…, {features}), not {(*h.shape,)}")
@@ -111,12 +113,20 @@ class PcDEQConv2d(PcDEQ):
         """z* of the shape of h, in channels_last.
 
         Raises:
+            TypeError: h is complex, or no tensor.
             ValueError: h is no batch of images with so many channels.
         """
+        check_tensor(h)
         channels = self.deq.f.W.width
         if h.ndim != 4 or h.shape[1] != channels:
             raise ValueError(f"images must be of shape (B, {channels}, H, W), not {(*h.shape,)}")
         return super().forward(h.contiguous(memory_format=torch.channels_last))
+
+
+def check_tensor(h: object) -> None:
+    """Refuses, with a TypeError, what is no tensor: arrays and lists."""
+    if not isinstance(h, Tensor):
+        raise TypeError(f"a pcDEQ layer takes a tensor, not {type(h).__name__}")
 
 
 def check_module(model: object) -> None:
@@ -130,11 +140,18 @@ def project(model: nn.Module) -> None:
 
     Raises:
         TypeError: ``model`` is no module.
+        ValueError: there is no pcDEQ weight in it.
     """
+    for layer in _nonnegative(model):
+        layer.clamp()
+
+
+def _nonnegative(model: nn.Module) -> list[Nonnegative]:
     check_module(model)
-    for module in model.modules():
-        if isinstance(module, Nonnegative):
-            module.clamp()
+    layers = [module for module in model.modules() if isinstance(module, Nonnegative)]
+    if not layers:
+        raise ValueError("the model has no pcDEQ layer: there is nothing to project")
+    return layers
 
 
 def register_projection(
@@ -152,9 +169,7 @@ def register_projection(
     if not hasattr(optimizer, "register_step_post_hook") or not isinstance(model, nn.Module):
         kinds = f"{type(optimizer).__name__} and {type(model).__name__}"
         raise TypeError(f"the optimizer comes first, then the model, not {kinds}")
-    layers = [module for module in model.modules() if isinstance(module, Nonnegative)]
-    if not layers:
-        raise ValueError("the model has no pcDEQ layer: there is nothing to project")
+    layers = _nonnegative(model)
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if stepped.isdisjoint(id(p) for layer in layers for p in layer.parameters()):
         raise ValueError("the optimizer steps no pcDEQ weight of this model: it is for another one")

@@ -32,3 +32,23 @@ def drawn(monkeypatch):
 
     monkeypatch.setattr(Figure, "savefig", keep)
     return figures
+
+
+@pytest.fixture
+def digits(monkeypatch):
+    """640 digits to train on, cropped and flipped, so that every generator counts; 250 to test."""
+    from pcdeq.experiments import data
+
+    load, sizes = data.load, {"train": 640}
+
+    def few(*arguments, **flags):
+        full_train, full_test, classes = load(*arguments, **flags)
+        train_set = few_of(full_train, 5, sizes["train"], augment=True)
+        return train_set, few_of(full_test, 4, 250, augment=False), classes
+
+    def few_of(images, every, size, augment):
+        pick = slice(0, every * size, every)
+        return data.ImageSet(images.images[pick], images.labels[pick], (0.0,), (1.0,), augment)
+
+    monkeypatch.setattr(data, "load", few)
+    return sizes

@@ -1,6 +1,7 @@
 """Data: what a batch holds, and the shipped digits."""
 
 import hashlib
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -166,3 +167,13 @@ def test_some_images_are_the_first_and_of_folders_from_all_over():
     assert plain.some(4).images.flatten().tolist() == [0, 1, 2, 3]
     assert folders.some(3).labels.tolist() == [0, 1, 2]
     assert plain.some(None) is plain and folders.some(9) is folders
+
+
+def test_the_checksum_sees_order_and_labels():
+    images, _, _ = data.load("mnist", sample=True)
+    few = data.ImageSet(images.images[:4], images.labels[:4], (0.0,), (1.0,))
+    order = torch.tensor([1, 0, 2, 3])
+    swapped = replace(few, images=few.images[order], labels=few.labels[order])
+    other = replace(few, labels=few.labels + 1)
+    assert len({few.checksum, swapped.checksum, other.checksum}) == 3
+    assert replace(few).checksum == few.checksum

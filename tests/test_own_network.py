@@ -5,6 +5,7 @@ import io
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -110,6 +111,13 @@ def test_an_image_without_a_batch_is_refused():
         PcDEQConv2d(3)(torch.rand(3, 5, 5))
 
 
+def test_what_is_no_tensor_is_refused():
+    for given, kind in ((np.zeros((4, 3)), "ndarray"), ([[0.0] * 3], "list"), (None, "NoneType")):
+        for layer in (PcDEQLinear(3), PcDEQConv2d(3)):
+            with pytest.raises(TypeError, match=f"a pcDEQ layer takes a tensor, not {kind}"):
+                layer(given)
+
+
 def test_a_projection_of_nothing_is_refused():
     model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="nothing to project"):
@@ -119,6 +127,8 @@ def test_a_projection_of_nothing_is_refused():
         register_projection(model, torch.optim.SGD(model.parameters()))
     with pytest.raises(TypeError, match=r"the model must be an nn\.Module, not generator"):
         project(model.parameters())
+    with pytest.raises(ValueError, match="no pcDEQ layer: there is nothing to project"):
+        project(model)
     with pytest.raises(ValueError, match="steps no pcDEQ weight of this model"):
         register_projection(torch.optim.SGD(model.parameters()), block)
 

@@ -75,7 +75,9 @@ def _accuracy(axis: Axes, lines: list[Line]) -> None:
     axis.set(ylabel="test accuracy, %", ylim=(bottom, None))
     if values.min() < bottom:
         words = f"below the axis: down to {values.min():.1f} %"
-        axis.text(0.98, 0.02, words, transform=axis.transAxes, ha="right", size=6, color="grey")
+        behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}  # of the curves
+        place = {"transform": axis.transAxes, "ha": "right", "bbox": behind}
+        axis.text(0.98, 0.02, words, size=6, color="grey", **place)
 
 
 def _iterations(axis: Axes, lines: list[Line]) -> None:
