@@ -58,9 +58,13 @@ def test_run_figures_show_the_metrics(tmp_path, drawn, capsys):
     assert list(lines(accuracy)["a"]) == [row["test_acc"] for row in read_metrics(tmp_path / "a")]
     assert loss.get_yscale() == "log" and (loss.get_lines()[1].get_ydata() == 0.1).all()
     assert drawn[1].axes[0].get_lines()[1].get_ydata()[-1] == 9.0
+    test, training = drawn[0].legends[0].legend_handles[:2]
+    assert test.get_marker() == training.get_marker() == "o"  # as b is of one epoch
+    assert test.get_markerfacecolor() != training.get_markerfacecolor() == "none"
     with pytest.raises(RunError, match=r"complete epoch \(runs are in it: .*/\*\)"):
         run_figures([tmp_path], tmp_path / "figures")
     with pytest.raises(RunError, match=r"no run with a complete epoch$"):
         run_figures([tmp_path / "nowhere"], tmp_path / "figures")
     run_figures([tmp_path / "nowhere", tmp_path / "a"], tmp_path / "figures")
     assert "nowhere is no run with a complete epoch" in capsys.readouterr().out
+    assert drawn[2].legends[0].legend_handles[0].get_marker() == "None"

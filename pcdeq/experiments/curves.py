@@ -11,7 +11,7 @@ import numpy as np
 
 from pcdeq.activations import ACTIVATIONS
 from pcdeq.experiments.errors import RunError
-from pcdeq.experiments.figures import COLOURS, COLUMN, DASHES, drawing, legend
+from pcdeq.experiments.figures import COLOURS, COLUMN, DASHES, DOT, HOLLOW, drawing, legend
 from pcdeq.experiments.recipes import ROWS
 from pcdeq.experiments.results import Result, read_metrics
 from pcdeq.experiments.runs import METRICS
@@ -75,7 +75,7 @@ def _accuracy(axis: Axes, lines: list[Line]) -> None:
     axis.set(ylabel="test accuracy, %", ylim=(bottom, None))
     if values.min() < bottom:
         words = f"below the axis: down to {values.min():.1f} %"
-        behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}  # of the curves
+        behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
         place = {"transform": axis.transAxes, "ha": "right", "bbox": behind}
         axis.text(0.98, 0.02, words, size=6, color="grey", **place)
 
@@ -152,6 +152,7 @@ def run_figures(folders: Sequence[str | Path], directory: str | Path) -> list[Pa
         raise RunError("; ".join(empty))
     for sentence in empty:
         print(f"left out: {sentence}")
+    dots = any(len(columns["epoch"]) == 1 for columns in runs.values())
     curves, iterations = Path(directory) / "curves", Path(directory) / "iterations"
     with drawing(curves, COLUMN, 4.2) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True)
@@ -159,13 +160,13 @@ def run_figures(folders: Sequence[str | Path], directory: str | Path) -> list[Pa
         _pair(lower, runs, "test_loss", "train_loss", "cross entropy, nats")
         lower.set_yscale("log")
         _against_epochs(lower)
-        legend(upper, "test", "training")
+        legend(upper, "test", "training", dots=dots)
     with drawing(iterations, COLUMN, 2.5) as figure:
         axis = figure.subplots()
         _pair(axis, runs, "forward_iters", "backward_iters", "iterations of a solve")
         axis.set_ylim(0, None)
         _against_epochs(axis)
-        legend(axis, "forward", "backward")
+        legend(axis, "forward", "backward", dots=dots)
     return [Path(f"{path}.png") for path in (curves, iterations)]
 
 
@@ -187,8 +188,7 @@ def _pair(axis: Axes, runs: dict, solid: str, dashed: str, label: str) -> None:
     for number, (name, columns) in enumerate(runs.items()):
         turn, colour = divmod(number, len(COLOURS))
         look = {"color": COLOURS[colour], "alpha": 1 / (1 + turn)}  # fainter, the second time
-        hollow = {"markerfacecolor": "none"}
-        look |= {"marker": "o", "markersize": 4} if len(columns["epoch"]) == 1 else {}
+        look |= DOT if len(columns["epoch"]) == 1 else {}
         axis.plot(columns["epoch"], columns[solid], label=name, **look)
-        axis.plot(columns["epoch"], columns[dashed], linestyle=DASHES[2], **look, **hollow)
+        axis.plot(columns["epoch"], columns[dashed], linestyle=DASHES[2], **look, **HOLLOW)
     axis.set_ylabel(label)

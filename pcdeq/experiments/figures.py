@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (6, 2)), (0, (2, 1)), (0, (6, 2, 1, 2)))
+DOT = {"marker": "o", "markersize": 4}  # where a line is one point; hollow if it were dashed
+HOLLOW = {"markerfacecolor": "none"}
 FLOOR = 1e-14  # below it a relative residual in float64 is rounding
 COLUMN = 3.4  # inches: a column of a two-column paper
 STYLE = {
@@ -68,14 +70,15 @@ def drawing(
             figure.savefig(f"{path}.{ending}")
 
 
-def legend(axis: Axes, solid: str, dashed: str) -> None:
+def legend(axis: Axes, solid: str, dashed: str, *, dots: bool = False) -> None:
     """What solid and dashed mean, and the lines' names, above a figure that grows with them.
 
     Dashed lines without a meaning are not there.
     """
-    axis.plot([], [], color="grey", label=solid)
+    look = {"color": "grey"} | (DOT if dots else {})
+    axis.plot([], [], label=solid, **look)
     if dashed:
-        axis.plot([], [], color="grey", linestyle=DASHES[2], label=dashed)
+        axis.plot([], [], linestyle=DASHES[2], label=dashed, **look, **HOLLOW)
     first = -2 if dashed else -1
     handles, labels = (each[first:] + each[:first] for each in axis.get_legend_handles_labels())
     columns = 2 if max(map(len, labels)) < 40 else 1
