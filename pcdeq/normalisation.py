@@ -3,9 +3,9 @@
 In channels_last torch's threads keep their sums over the channels side by side. Where these do not
 fill whole cache lines (12, 20, 24, 50 and 82 channels of the conv networks), threads write to the
 same line, and two of them are slower than one. So torch's kernels are shown rows of many pixels as
-the channels, whose sums are then added: on two idle cores (a Xeon) a third of the time for 64
-images of 12 channels and 28×28 pixels, four to nine tenths for the others. With one thread, or
-for small images, torch's own way is faster.
+the channels, whose sums are then added: on two idle cores of a Xeon, with 64 images, a third of the
+time for 12 channels of 28×28 pixels, two thirds for 82, and about as much for 24 of 13×13. With one
+thread, or for smaller images, torch's own way is faster.
 
 y = w·(h − m)/√(v + ε) + b with mean m and variance v of each channel over batch and pixels
 (Ioffe and Szegedy, 2015).
