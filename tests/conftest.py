@@ -52,3 +52,24 @@ def digits(monkeypatch):
 
     monkeypatch.setattr(data, "load", few)
     return sizes
+
+
+@pytest.fixture
+def no_flush(monkeypatch):
+    """No test waits for a flush."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture
+def finished(tmp_path, no_flush):
+    """A folder with a run of two epochs, the first one better."""
+    from small_runs import HERE, checkpoint_of, config_of
+
+    from pcdeq.experiments.runs import Run
+
+    config = config_of(tmp_path / "run", epochs=3, sample=False)
+    run = Run(config)
+    run.begin(HERE)
+    run.save(checkpoint_of(config, [90.0]))
+    run.save(checkpoint_of(config, [90.0, 80.0]))
+    return config

@@ -1,76 +1,32 @@
-"""A run's folder: refusals before anything happens, files whole or not at all, damage refused.
-
-In one file, as all three parts begin with the folder of the same finished run.
-"""
+"""A run's folder: refusals before anything happens, files whole or not at all."""
 
 import csv
 import json
 import os
-import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import small_runs
 import torch
+from small_runs import HERE, checkpoint_of
 
-from pcdeq import build_network
 from pcdeq.experiments import runs
-from pcdeq.experiments.config import FLAGS, RunConfig
+from pcdeq.experiments.config import FLAGS
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.files import write_whole
 from pcdeq.experiments.runs import Run, check_folder
 from pcdeq.experiments.training import train
-from pcdeq.weights import CheckpointError, describe
 
-HERE = {"processor": "abacus", "threads": 1, "command": "python train.py"}
+config_of = partial(small_runs.config_of, epochs=3, sample=False)
 
-
-@pytest.fixture(autouse=True)
-def disk(monkeypatch):
-    """No test here waits for a flush."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
-def config_of(out, **flags):
-    settings = {"lr": 5e-4, "epochs": 3, "weight_decay": 1.5e-2, "batch_size": 64, "milestone": 2}
-    name = None if out is None else str(out)
-    return RunConfig("mnist", "linear_pcdeq_1", "tanh", out=name, **{**settings, **flags})
-
-
-def row_of(epoch, accuracy):
-    return dict.fromkeys(runs.COLUMNS, 0.5) | {"epoch": epoch, "test_acc": accuracy}
-
-
-def checkpoint_of(config, accuracies):
-    """What a run has after so many epochs; its weights tell the epoch."""
-    network = build_network(config.net, config.activation)
-    torch.nn.init.constant_(network.classifier.bias, len(accuracies))
-    optimizer = torch.optim.AdamW(network.parameters(), config.lr)
-    network(torch.rand(4, 1, 28, 28)).sum().backward()
-    optimizer.step()
-    rows = [row_of(epoch, accuracy) for epoch, accuracy in enumerate(accuracies, 1)]
-    state = {
-        "rows": rows,
-        "optimizer": optimizer.state_dict(),
-        "flags": config.identity(),
-    }
-    return {**describe(network), "model": network.state_dict(), "training": state}
+pytestmark = pytest.mark.usefixtures("no_flush")
 
 
 def metrics(folder):
     with open(folder / runs.METRICS, newline="") as file:
         return [(int(row["epoch"]), float(row["test_acc"])) for row in csv.DictReader(file)]
-
-
-@pytest.fixture
-def finished(tmp_path):
-    """A folder with a run of two epochs, the first one better."""
-    config = config_of(tmp_path / "run")
-    run = Run(config)
-    run.begin(HERE)
-    run.save(checkpoint_of(config, [90.0]))
-    run.save(checkpoint_of(config, [90.0, 80.0]))
-    return config
 
 
 # Where a run goes
@@ -344,83 +300,3 @@ def test_a_run_whose_last_checkpoint_is_gone_is_not_begun_over_it(tmp_path, fini
     os.remove(finished.folder / runs.BEST)  # no epoch was complete
     check_folder(replace(finished, resume=True))
     assert Run(replace(finished, resume=True)).load() is None
-
-
-def equal(one, other):
-    """Whether two checkpoints hold the same tensors and values."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return one == other
-
-
-@pytest.mark.parametrize("name", [runs.LAST, runs.BEST])
-def test_damage_is_refused_or_harmless(finished, name):
-    run = Run(replace(finished, resume=True))
-    path = finished.folder / name
-    whole = path.read_bytes()
-    expected = run.load()
-    for tenth in range(10):  # from the empty file on
-        path.write_bytes(whole[: tenth * len(whole) // 10])
-        with pytest.raises(CheckpointError, match=str(path)):
-            run.load()
-    dice, harmless = random.Random(0), 0
-    for _ in range(100):
-        place = dice.randrange(len(whole))
-        flipped = bytes([whole[place] ^ 1 << dice.randrange(8)])
-        path.write_bytes(whole[:place] + flipped + whole[place + 1 :])
-        try:
-            found = run.load()
-        except CheckpointError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
-        else:
-            harmless += 1
-            assert equal(found, expected)
-    assert harmless < 50
-    path.write_bytes(whole)
-    assert equal(run.load(), expected)
-
-
-class Malice:
-    """Unpickled without care, makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
-
-
-@pytest.mark.parametrize("name", [runs.LAST, runs.BEST])
-def test_a_pickle_that_would_run_code_does_not(finished, tmp_path, name):
-    trap = tmp_path / "trap"
-    for content in (Malice(trap), checkpoint_of(finished, [1.0]) | {"extra": Malice(trap)}):
-        torch.save(content, finished.folder / name)
-        with pytest.raises(CheckpointError, match=name):
-            Run(replace(finished, resume=True)).load()
-    assert not trap.exists()
-    torch.load(finished.folder / name, weights_only=False)  # the trap was armed
-    assert trap.exists()
-
-
-def test_foreign_checkpoints_are_refused(finished):
-    run, path = Run(replace(finished, resume=True)), finished.folder / runs.LAST
-    good = checkpoint_of(finished, [90.0, 80.0])
-
-    def refused(content, match):
-        torch.save(content, path)
-        with pytest.raises(CheckpointError, match=match) as refusal:
-            run.load()
-        assert str(path) in str(refusal.value)
-
-    refused({name: value for name, value in good.items() if name != "training"}, "no run to go on")
-    refused(good["model"], "no run to go on")
-    other = checkpoint_of(replace(finished, seed=5, lr=1.0), [90.0])
-    refused(other, r"another run: -lr 0.0005 \(was 1.0\), --seed 0 \(was 5\)")
-    for broken in ({"rows": []}, {"rows": [1]}, {"rows": [{"epoch": 1}]}, {"optimizer": 3}):
-        refused({**good, "training": {**good["training"], **broken}}, "no run to go on")
-    rows = [row_of(1, 90.0), row_of(3, 80.0)]
-    refused({**good, "training": {**good["training"], "rows": rows}}, "no run to go on")
