@@ -98,7 +98,7 @@ def _sigmoid_vjp(g: Tensor, v: Tensor) -> Tensor:
 
 
 def _softsign_vjp(g: Tensor, v: Tensor) -> Tensor:
-    return (1 - v.abs()).square_().mul_(g)  # v = s/(1+s), so 1/(1+s)² = (1 − v)²
+    return (1 - v.abs()).square_().mul_(g)  # v = s/(1+|s|), so 1/(1+|s|)² = (1 − |v|)²
 
 
 def _relu6_vjp(g: Tensor, v: Tensor) -> Tensor:
@@ -175,6 +175,6 @@ def get_activation(name: str) -> Activation:
     Raises:
         ValueError: no activation has that name; the sentence lists those that there are.
     """
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"unknown activation {name!r}: choose from {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]

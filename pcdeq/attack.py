@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pcdeq.implicit import check_count
+from pcdeq.checks import check_count
 from pcdeq.modes import evaluating, frozen
 from pcdeq.rates import per_sample
 

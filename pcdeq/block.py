@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pcdeq.activations import Activation, get_activation
-from pcdeq.implicit import OPTIONS, Equilibrium, check_count
+from pcdeq.checks import check_count, check_module, check_tensor
+from pcdeq.implicit import OPTIONS, Equilibrium
 from pcdeq.injections import INJECTIONS
 from pcdeq.layers import ConcaveLayer, Nonnegative, NonnegativeConv2d, NonnegativeLinear
 
@@ -52,7 +53,7 @@ class PcDEQ(nn.Module):
         """z* of the shape of h, in the parameters' dtype.
 
         Raises:
-            TypeError: h is complex, or no tensor.
+            TypeError: h is complex.
         """
         if h.is_complex():
             raise TypeError("a pcDEQ layer is for real inputs: σ is concave on [0, ∞)")
@@ -61,6 +62,10 @@ class PcDEQ(nn.Module):
 
 class PcDEQLinear(PcDEQ):
     """pcDEQ layer on vectors: h of shape (…, features), W a features × features matrix.
+
+    z* = σ(Wz* + x), where x > 0 is softplus(h), beta 5 (pcDEQ-1), or x ≥ 0 is relu(h) (pcDEQ-2).
+    After each optimizer step W has to be projected: ``project``, ``register_projection``. Figures
+    of the solves: ``deq.forward_solve``, ``deq.backward_solve``.
 
     Args:
         features: length of the last axis of input and output.
@@ -83,7 +88,7 @@ class PcDEQLinear(PcDEQ):
             TypeError: h is complex, or no tensor.
             ValueError: the last axis is not as long as the layer is wide.
         """
-        check_tensor(h)
+        check_tensor("the input", h)
         features = self.deq.f.W.width
         if h.ndim == 0 or h.shape[-1] != features:
             raise ValueError(f"vectors must be of shape (…, {features}), not {(*h.shape,)}")
@@ -94,6 +99,8 @@ class PcDEQLinear(PcDEQ):
 
 class PcDEQConv2d(PcDEQ):
     """pcDEQ layer on images: h of shape (B, channels, H, W), W a 3×3 convolution with padding 1.
+
+    All else is as with ``PcDEQLinear``: z* = σ(W∗z* + x), the projection, the figures.
 
     Args:
         channels: of input and output.
@@ -116,23 +123,11 @@ class PcDEQConv2d(PcDEQ):
             TypeError: h is complex, or no tensor.
             ValueError: h is no batch of images with so many channels.
         """
-        check_tensor(h)
+        check_tensor("the input", h)
         channels = self.deq.f.W.width
         if h.ndim != 4 or h.shape[1] != channels:
             raise ValueError(f"images must be of shape (B, {channels}, H, W), not {(*h.shape,)}")
         return super().forward(h.contiguous(memory_format=torch.channels_last))
-
-
-def check_tensor(h: object) -> None:
-    """Refuses, with a TypeError, what is no tensor: arrays and lists."""
-    if not isinstance(h, Tensor):
-        raise TypeError(f"a pcDEQ layer takes a tensor, not {type(h).__name__}")
-
-
-def check_module(model: object) -> None:
-    """Refuses, with a TypeError, what is no module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"the model must be an nn.Module, not {type(model).__name__}")
 
 
 def project(model: nn.Module) -> None:

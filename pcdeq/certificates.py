@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pcdeq.block import PcDEQ, check_module
+from pcdeq.block import PcDEQ
+from pcdeq.checks import check_count, check_module, check_tensor
 from pcdeq.enclosures import SMALLEST, Operator, enclose, full_float32
 from pcdeq.modes import evaluating
 from pcdeq.rates import RATE_STEPS, largest, predicted_iterations, rate_bounds
@@ -76,7 +77,7 @@ class Certificate:
         """The figures of the worst sample, and what is wrong; all of it is in the attributes."""
         wrong = "" if self.holds else f", reason={self.reason!r}"
         return (
-            f"Certificate({self.name}: holds={self.holds}, "
+            f"Certificate({self.name or 'the block'}: holds={self.holds}, "
             f"rate_upper={self.rate_upper.max():.3g}, width={self.width.max():.2g}, "
             f"error={self.error.max():.2g}, predicted={self.predicted.max():.0f}{wrong})"
         )
@@ -96,8 +97,10 @@ def certify(model: nn.Module, x: Tensor, rate_steps: int = RATE_STEPS) -> list[C
 
     Raises:
         TypeError: the model is no module, or the batch no tensor.
-        ValueError: the batch is empty, or the model has no pcDEQ block.
+        ValueError: the batch is empty, ``rate_steps`` is no whole number from 1 on, or the pass
+            reaches no pcDEQ block.
     """
+    check_count("rate_steps", rate_steps)
     return [certificate_of(visit, rate_steps) for visit in visits(model, x)]
 
 
@@ -115,8 +118,7 @@ class Visit(NamedTuple):
 def visits(model: nn.Module, inputs: Tensor) -> list[Visit]:
     """All uses of blocks in one pass in evaluation mode, in its order; as for ``certify``."""
     check_module(model)
-    if not isinstance(inputs, Tensor):
-        raise TypeError(f"a batch of inputs is a tensor, not {type(inputs).__name__}")
+    check_tensor("the batch of inputs", inputs)
     if inputs.ndim == 0:
         raise ValueError("a batch of inputs has its samples along the first axis, not no axis")
     if not len(inputs):
@@ -139,6 +141,8 @@ def visits(model: nn.Module, inputs: Tensor) -> list[Visit]:
     finally:
         for hook in hooks:
             hook.remove()
+    if not found:
+        raise ValueError("the pass reached none of the model's pcDEQ blocks: nothing to certify")
     return found
 
 

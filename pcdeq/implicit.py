@@ -9,12 +9,14 @@ At the fixed point σ'(Wz* + x) is known from z* = σ(Wz* + x) itself: nothing e
 again.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from numbers import Integral, Real
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
+from pcdeq.checks import check_count
 from pcdeq.layers import ConcaveLayer
 from pcdeq.refinement import LOW, Linearised, refine
 from pcdeq.solvers import SOLVERS, Solve
@@ -37,7 +39,8 @@ class Equilibrium(nn.Module):
         max_iter: largest number of evaluations of one solve.
 
     Attributes:
-        forward_solve: figures of the last forward solve (``Solve`` with ``z=None``), or ``None``.
+        forward_solve: figures of the last forward solve, or ``None``: ``iterations``, ``full``
+            (those of them in the parameters' precision), ``residual``, ``converged``.
         backward_solve: the same of the last adjoint solve.
 
     Raises:
@@ -88,7 +91,7 @@ class Equilibrium(nn.Module):
 
     @property
     def only_low(self) -> bool:
-        """Whether solves, gradients and the convolutions between blocks use it alone."""
+        """Whether solves use bfloat16 alone: nothing is refined in the parameters' precision."""
         return self.precision == "bf16" and self.uses_low
 
     @property
@@ -144,7 +147,13 @@ class Equilibrium(nn.Module):
             g, self.backward_solve = self._solve(iteration, grad, nonnegative=False)
         return g
 
-    def _solve(self, iteration, start, *, nonnegative: bool):
+    def _solve(
+        self,
+        iteration: Callable[[torch.dtype], Linearised],
+        start: Tensor | None,
+        *,
+        nonnegative: bool,
+    ) -> tuple[Tensor, Solve]:
         """One solve in the precision asked for: the solution in it, and its figures."""
         solver, dtype = SOLVERS[self.solver], self.dtype
         rule = {"tol": self.tolerance, "max_iter": self.max_iter, "nonnegative": nonnegative}
@@ -167,12 +176,6 @@ def _check_option(name: str, value: object) -> None:
         raise ValueError(f"tol must be a number between 0 and 1, not {value!r}")
     if name == "max_iter":
         check_count(name, value)
-
-
-def check_count(name: str, value: object) -> None:
-    """Refuses, with a ValueError, what is no whole number from 1 on."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number from 1 on, not {value!r}")
 
 
 class _FixedPoint(torch.autograd.Function):

@@ -72,9 +72,10 @@ class Nonnegative(nn.Module):
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """Projects v and g onto the nonnegative orthant, in place."""
-        self.weight_v.clamp_(min=0)
-        self.weight_g.clamp_(min=0)
+        """Projects v and g onto the nonnegative orthant, in place; where they are parametrised
+        (``torch.nn.utils.parametrize``, ``prune``), the parameters behind them."""
+        for parameter in self.parameters():
+            parameter.clamp_(min=0)
 
 
 class NonnegativeLinear(Nonnegative):
@@ -109,14 +110,17 @@ class NonnegativeLinear(Nonnegative):
 class NonnegativeConv2d(Nonnegative):
     """z ↦ W∗z for z of shape (B, channels, H, W), W of shape (channels, channels, 3, 3).
 
-    Padding 1. Weights and activations are kept in channels_last, which is two to three times
-    faster on CPUs than the default layout and what tensor cores want.
+    Padding 1. W and activations are in channels_last, which is two to three times faster on CPUs
+    than the default layout and what tensor cores want; v lies as the model keeps it.
     """
 
     def __init__(self, channels: int):
         conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         super().__init__(conv.weight.detach())
-        self.to(memory_format=torch.channels_last)
+
+    def weight(self) -> Tensor:
+        """W, as of ``Nonnegative``, in channels_last."""
+        return super().weight().contiguous(memory_format=torch.channels_last)
 
     @staticmethod
     def apply(z: Tensor, weight: Tensor) -> Tensor:

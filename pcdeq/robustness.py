@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from pcdeq.block import PcDEQ, PcDEQConv2d, PcDEQLinear
+from pcdeq.checks import check_tensor
 from pcdeq.enclosures import UNIT, Operator, enclose, full_float32, product
 
 SLACK = 1e-9  # margins above it are proved: far above what is left of rounding in their last sums
@@ -67,8 +68,7 @@ def robust(model: nn.Sequential, lower: Tensor, upper: Tensor, target: Tensor) -
             in shape, or a layer does not take inputs of that shape.
     """
     _check_corners(lower, upper)
-    if not isinstance(target, Tensor):
-        raise TypeError(f"targets are a tensor of classes, not {type(target).__name__}")
+    check_tensor("targets", target)
     if target.shape != lower.shape[:1]:
         raise ValueError(
             f"targets of shape (B,) are needed, B = {len(lower)}, not {(*target.shape,)}"

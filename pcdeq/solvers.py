@@ -20,7 +20,9 @@ from torch.linalg import vector_norm
 
 from pcdeq import replay
 
-EPSILON = 1e-5  # in the denominator of the residual, so that z* = 0 is no special case
+# In the denominator of the residual, so that z* = 0 is no special case. But where ‖f(0)‖ is below
+# tol·1e-5, f(0) is taken for the fixed point, however far that is.
+EPSILON = 1e-5
 
 Map = Callable[[Tensor | None], Tensor]
 
@@ -227,7 +229,16 @@ def _from(n: int, f: partial, z: Tensor | None, mix: Mix) -> partial:
     return partial(_recorded, n, mix, z, *before, f.func, *f.args)
 
 
-def _recorded(n, mix, z, before_fz, before_r, before_square, f, *args):
+def _recorded(
+    n: int,
+    mix: Mix,
+    z: Tensor,
+    before_fz: Tensor | None,
+    before_r: Tensor | None,
+    before_square: Tensor | None,
+    f: Callable[..., Tensor],
+    *args: object,
+) -> tuple[list[Tensor], Tensor]:
     """As ``_iterations``, of tensors that stay: z and before become those of the next call."""
     start = z, before_fz, before_r, before_square
     evaluations, norms, z, before = _iterations(n, partial(f, *args), z, mix, Before(*start[1:]))

@@ -173,3 +173,5 @@ def test_allowed_names_the_default_first():
 def test_an_unknown_name_is_refused_with_the_list():
     with pytest.raises(ValueError, match=r"'gelu'.*tanh, softsign, relu6, sigmoid"):
         get_activation("gelu")
+    with pytest.raises(ValueError, match="unknown activation"):
+        get_activation(["tanh"])

@@ -264,5 +264,14 @@ def test_what_has_nothing_to_certify_is_refused():
         certify(nn.Linear(3, 3), torch.rand(2, 3))
     with pytest.raises(TypeError, match=r"must be an nn\.Module, not Tensor"):
         certify(torch.rand(2, 3), PcDEQLinear(3))
-    with pytest.raises(TypeError, match="a batch of inputs is a tensor, not list"):
+    with pytest.raises(TypeError, match="the batch of inputs must be a tensor, not list"):
         certify(PcDEQLinear(3), [[1.0, 2.0, 3.0]])
+    with pytest.raises(ValueError, match="rate_steps must be a whole number from 1 on, not 0"):
+        certify(PcDEQLinear(3), torch.rand(2, 3), rate_steps=0)
+
+
+def test_blocks_that_the_pass_does_not_reach_are_no_certificate():
+    model = nn.Sequential(nn.Linear(3, 3))
+    model[0].unused = PcDEQLinear(3)
+    with pytest.raises(ValueError, match="reached none of the model's pcDEQ blocks"):
+        certify(model, torch.rand(2, 3))

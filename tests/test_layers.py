@@ -165,9 +165,10 @@ def test_weight_gradient_is_autograd_s(kind):
     torch.testing.assert_close(W.weight_gradient(z, y), reference)
 
 
-def test_convolutions_are_kept_in_channels_last():
-    W = make("conv", torch.float32)
-    assert W.weight_v.is_contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_convolutions_are_in_channels_last_however_v_lies(layout):
+    W = make("conv", torch.float32).to(memory_format=layout)
+    assert W.weight_v.is_contiguous(memory_format=layout)
     weight = W.weight()
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert W.transpose(weight).is_contiguous(memory_format=torch.channels_last)

@@ -114,7 +114,7 @@ def test_an_image_without_a_batch_is_refused():
 def test_what_is_no_tensor_is_refused():
     for given, kind in ((np.zeros((4, 3)), "ndarray"), ([[0.0] * 3], "list"), (None, "NoneType")):
         for layer in (PcDEQLinear(3), PcDEQConv2d(3)):
-            with pytest.raises(TypeError, match=f"a pcDEQ layer takes a tensor, not {kind}"):
+            with pytest.raises(TypeError, match=f"the input must be a tensor, not {kind}"):
                 layer(given)
 
 
@@ -131,6 +131,39 @@ def test_a_projection_of_nothing_is_refused():
         project(model)
     with pytest.raises(ValueError, match="steps no pcDEQ weight of this model"):
         register_projection(torch.optim.SGD(model.parameters()), block)
+
+
+@both
+def test_projects_the_parameter_behind_a_parametrised_weight(kind):
+    class Half(nn.Module):
+        def forward(self, v):
+            return v * (torch.arange(v.shape[1]) % 2).view(1, -1, *[1] * (v.ndim - 2))
+
+    block = make(kind)
+    W = block.deq.f.W
+    nn.utils.parametrize.register_parametrization(W, "weight_v", Half())
+    with torch.no_grad():
+        W.parametrizations.weight_v.original.sub_(W.weight_v.max() / 2)
+    assert W.weight().min() < 0
+    project(block)
+    assert W.weight().min() == 0 < W.weight().max()
+
+
+@both
+def test_an_optimizer_that_flattens_parameters_trains_a_block(kind):
+    block, h, probe = make(kind), signal(kind), torch.rand(SHAPES[kind])
+    optimizer = torch.optim.LBFGS(block.parameters(), lr=0.1)
+
+    def loss():
+        optimizer.zero_grad()
+        value = (block(h) - probe).square().mean()
+        value.backward()
+        return value
+
+    before = loss().item()
+    optimizer.step(loss)
+    project(block)
+    assert loss().item() < before
 
 
 def test_stands_behind_layers_that_autocast_lowers():

@@ -69,7 +69,7 @@ def test_what_it_does_not_know_it_refuses():
     for pool in (nn.AvgPool2d(2, divisor_override=-1), nn.MaxPool2d(2, return_indices=True)):
         with pytest.raises(TypeError, match="no interval image is known for"):
             image(pool, pixels)
-    with pytest.raises(TypeError, match="targets are a tensor of classes, not list"):
+    with pytest.raises(TypeError, match="targets must be a tensor, not list"):
         robust(nn.Sequential(nn.Linear(4, 4)), x, x, [0, 1])
     for conv in (nn.Conv2d(2, 2, 3, dilation=2), nn.Conv2d(2, 2, 3, padding="same")):
         with pytest.raises(TypeError, match="no interval image is known for Conv2d"):
