@@ -1,5 +1,6 @@
 """Tables: the statistics in them, what they mark, and that the README's are those of results/."""
 
+import re
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -49,14 +50,17 @@ def test_the_deviation_is_the_samples_and_one_seed_has_none():
     assert spread([98.0]) == "98.00 (n = 1)"
 
 
-def test_a_difference_comes_with_its_standard_error_and_a_word():
-    # Variances 0.01 and 0.04 over three each: √(0.05/3) = 0.129.
-    assert compare([98.1, 98.2, 98.3], [97.8, 98.0, 98.2]) == "+0.20 ± 0.13, no difference seen"
-    assert compare([98.1, 98.2, 98.3], [95.8, 96.0, 96.2]) == "+2.20 ± 0.13, higher"
-    assert compare([95.8, 96.0, 96.2], [98.1, 98.2, 98.3]) == "-2.20 ± 0.13, lower"
+def test_a_difference_comes_with_its_interval_and_a_word():
+    # Variances 0.01 and 0.04 over three each: √(0.05/3) = 0.129, times t = 3.22 of 2.94 degrees.
+    assert (
+        compare([98.1, 98.2, 98.3], [97.8, 98.0, 98.2])
+        == "+0.20 (-0.22 to +0.62), no difference seen"
+    )
+    assert compare([98.1, 98.2, 98.3], [95.8, 96.0, 96.2]) == "+2.20 (+1.78 to +2.62), higher"
+    assert compare([95.8, 96.0, 96.2], [98.1, 98.2, 98.3]) == "-2.20 (-2.62 to -1.78), lower"
     assert compare([99.05], [99.16]) == "-0.11, too few seeds to tell"
     assert compare([99.05, 99.07], [99.16]) == "-0.10, too few seeds to tell"
-    assert compare([99.0, 99.0], [98.0, 98.0]) == "+1.00 ± 0.00, higher"
+    assert compare([99.0, 99.0], [98.0, 98.0]) == "+1.00 (+1.00 to +1.00), higher"
 
 
 @given(ACCURACIES, ACCURACIES)
@@ -125,7 +129,9 @@ def test_a_reference_stands_apart_and_only_where_it_has_something(tmp_path):
     cells = rows(mnist, "linear pcDEQ-1 | tanh")[0]
     assert cells[8] == "97.99 ± 0.15 (n = 3)"
     assert cells[9] == compare([result.test_acc[-1] for result in ours], [98.14, 97.85, 97.98])
-    assert cells[10] == cells[4] and cells[11].startswith("+0.00 ± ")
+    assert cells[10] == cells[4] and re.fullmatch(
+        r"\+0.00 \(-(\d.\d\d) to \+\1\), no difference seen", cells[11]
+    )
     assert rows(mnist, "multi conv pcDEQ-1 | softsign")[0][8:10] == ["99.16 (n = 1)", ""]
     assert "A reference, not a result of this project." in mnist
 

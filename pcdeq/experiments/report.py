@@ -67,7 +67,8 @@ def _report(model: Network, images: data.ImageSet, flags: argparse.Namespace) ->
         print("the checkpoint names no classes: the folder's are taken in the order of their names")
     certifying.warn_of_negative_weights(model)
     origin = " (the sample: from MNIST's training set)" * flags.sample
-    test = evaluate(model, images, flags.batch_size)
+    with _counter() as counter:
+        test = evaluate(model, images, flags.batch_size, after_batch=counter.update)
     print(
         f"{len(images):,} test images{origin}: "
         f"accuracy {test.accuracy:.2f} %, loss {test.loss:.4f}; "
@@ -92,11 +93,16 @@ def _report(model: Network, images: data.ImageSet, flags: argparse.Namespace) ->
 
 
 def _timed(table: Callable[[Callable[[], object]], str]) -> None:
-    """Prints a table and what it took; a counter of batches runs meanwhile on a terminal."""
+    """Prints a table and what it took."""
     start = time.perf_counter()
-    with tqdm(unit="batch", leave=False, dynamic_ncols=True, disable=None) as progress:
-        text = table(progress.update)
+    with _counter() as counter:
+        text = table(counter.update)
     print(f"\n{text}\n  ({time.perf_counter() - start:.1f} s)")
+
+
+def _counter() -> tqdm:
+    """Counts batches, on a terminal only."""
+    return tqdm(unit="batch", leave=False, dynamic_ncols=True, disable=None)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

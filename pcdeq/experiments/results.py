@@ -256,9 +256,7 @@ def collect(folder: str | Path, directory: str | Path) -> Result:
         if old == result:
             return result
         if old.whole or old.epochs_run >= result.epochs_run:
-            raise RunError(
-                f"{path} already holds another run of this row and seed; {folder} is not taken in"
-            )
+            raise RunError(f"{folder}: {path} already holds another run of this row and seed")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, _format(result).encode())
     return result

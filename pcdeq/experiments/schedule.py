@@ -24,7 +24,8 @@ from pcdeq.experiments.signals import Signals
 from pcdeq.experiments.tables import duration
 
 POLL = 0.2  # seconds between two looks at the running processes
-REFRESH = 1.0  # seconds between two pictures of the progress
+REFRESH = 1.0  # seconds between two pictures of the progress on a terminal
+REPEAT = 600.0  # and in a log
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def _stop(processes: Iterable[subprocess.Popen]) -> None:
 
 
 class _Display:
-    """One picture of all runs: redrawn in place on a terminal, else a line when a run ends."""
+    """One picture of all runs: redrawn in place on a terminal, else now and then."""
 
     def __init__(self, done: int):
         self.done, self.failed = done, 0
@@ -173,7 +174,7 @@ class _Display:
     def show(self, waiting: list[Job], running: dict, workers: int) -> None:
         if time.monotonic() < self.next:
             return
-        self.next = time.monotonic() + (REFRESH if self.live else float("inf"))
+        self.next = time.monotonic() + (REFRESH if self.live else REPEAT)
         lines = picture(self.done, self.failed, waiting, list(running), workers)
         self._erase()
         if self.live:

@@ -4,7 +4,7 @@ The form is that of the tables people use most (network, parameters, accuracy, r
 their users then ask for: how many seeds, their spread, last and best epoch, machine and command.
 Other implementations' accuracies stand in columns of their own, compared by Welch's unequal
 variances (B. L. Welch, Biometrika 34, 1947): the standard error of a difference of means is
-√(s₁²/n₁ + s₂²/n₂), and the difference is called one where a 95 % interval excludes 0.
+√(s₁²/n₁ + s₂²/n₂), and the difference is called one where its 95 % interval excludes 0.
 """
 
 import json
@@ -71,21 +71,22 @@ def spread(values: Sequence[float]) -> str:
 
 
 def compare(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """Difference of two means, its standard error, and what it tells, in words."""
+    """Difference of two means, its 95 % interval, and what it tells, in words."""
     difference = mean(ours) - mean(theirs)
     if min(len(ours), len(theirs)) < 2:
         return f"{difference:+.2f}, too few seeds to tell"
     a, b = variance(ours) / len(ours), variance(theirs) / len(theirs)
-    error, reach = sqrt(a + b), 0.0
-    if error:
+    reach = 0.0
+    if a + b:
         freedom = (a + b) ** 2 / (a**2 / (len(ours) - 1) + b**2 / (len(theirs) - 1))
-        reach = student.ppf(0.975, freedom) * error
+        reach = student.ppf(0.975, freedom) * sqrt(a + b)
     word = (
         "no difference seen"
         if abs(difference) <= reach
         else ("higher" if difference > 0 else "lower")
     )
-    return f"{difference:+.2f} ± {error:.2f}, {word}"
+    low, high = difference - reach, difference + reach
+    return f"{difference:+.2f} ({low:+.2f} to {high:+.2f}), {word}"
 
 
 def render(
