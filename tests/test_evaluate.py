@@ -52,7 +52,7 @@ def test_a_linear_network_has_one_thread_here_too(checkpoints, program, monkeypa
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     module, name = {"evaluate": (report, "evaluate"), "plot": (gallery, "history")}[program]
 
-    def stop(*_):
+    def stop(*_, **__):
         threads.append(torch.get_num_threads())
         raise RunError("enough")
 
