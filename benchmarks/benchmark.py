@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from pcdeq import Network, project
 from pcdeq.experiments import data, flags, machine
+from pcdeq.experiments.cli import guarded
 
 BARE = "bare kernels"
 STEPS, ROUNDS = 10, 5  # on a GPU: in a row, and of those
@@ -248,4 +249,4 @@ def place(device: torch.device) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import re
 import runpy
 import signal
@@ -278,6 +279,26 @@ def test_a_reader_that_goes_away_sees_no_traceback(tmp_path):
         process.stdout.close()
         assert process.stderr.read() == b"error: whoever read the output has gone\n"
     assert process.returncode == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+def test_output_that_cannot_be_written_is_one_sentence():
+    program = "import sys; from pcdeq.experiments.cli import guarded; "
+    program += "sys.exit(guarded(lambda: print('a')))"
+    environment = {name: v for name, v in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT, stdout=full, stderr=subprocess.PIPE, env=environment,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == b"error: the output cannot be written (No space left on device)\n"
+
+
+def test_closed_streams_are_no_error(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert guarded(lambda: print("a", file=sys.stderr)) == 0
 
 
 def test_a_path_that_cannot_be_shown_is_no_error(monkeypatch):

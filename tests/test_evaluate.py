@@ -194,6 +194,7 @@ def test_a_plain_state_dict_needs_to_be_told(checkpoints, capsys):
         ((), "the following arguments are required: CHECKPOINT"),
         (("best.pth", "--eps", "0"), "'0' is not a radius between 0 and 1"),
         (("best.pth", "--eps", "nan"), "'nan' is not a radius between 0 and 1"),
+        (("best.pth", "--eps", "1e400"), "'1e400' is not a radius between 0 and 1"),
         (("best.pth", "--eps", "8/255", "8"), "'8' is not a radius between 0 and 1 (pixels"),
         (("best.pth", "--eps", "8/0"), "'8/0' is not a radius between 0 and 1"),
         (("best.pth", "--eps"), "expected at least one argument"),
@@ -274,6 +275,8 @@ def test_training_keeps_its_certificates(tmp_path, capsys, monkeypatch):
     (summary,) = json.loads((tmp_path / "run" / runs.CERTIFICATES).read_text())
     assert summary["holds"] and summary["images"] == 60
     assert format_certificates([summary]) in capsys.readouterr().out
+    training.train(replace(config, epochs=2, resume=True, certify=False))
+    assert not (tmp_path / "run" / runs.CERTIFICATES).exists()  # they were of other weights
 
 
 def test_the_front_door(checkpoints):

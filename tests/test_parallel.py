@@ -88,6 +88,47 @@ def test_a_gpu_without_a_number_is_the_first(name, index, monkeypatch):
         assert processes.device == chosen[0] == torch.device("cuda", index)
 
 
+def torchrun_sets(monkeypatch, **values):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_which_process_this_is(monkeypatch):
+    for values, wanted in (
+        ({}, (0, 0, 1)),
+        ({"RANK": 1}, (0, 0, 1)),  # a job script's: nobody else is there
+        ({"RANK": 3, "LOCAL_RANK": 1, "WORLD_SIZE": 1}, (0, 0, 1)),
+        (
+            {"RANK": 3, "LOCAL_RANK": 1, "WORLD_SIZE": 4, "MASTER_ADDR": "a", "MASTER_PORT": 1},
+            (3, 1, 4),
+        ),
+    ):
+        torchrun_sets(monkeypatch, **values)
+        assert parallel.position() == wanted
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc' in the environment, no number"),
+        ({"RANK": "x"}, "RANK is 'x'"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1'"),
+        ({"WORLD_SIZE": 2}, "WORLD_SIZE is 2, but RANK is not set: start with torchrun, or unset"),
+        ({"WORLD_SIZE": 2, "RANK": 0}, "MASTER_ADDR is not set"),
+        (
+            {"WORLD_SIZE": 2, "RANK": 2, "MASTER_ADDR": "a", "MASTER_PORT": 1},
+            "RANK is 2, but WORLD_SIZE is 2",
+        ),
+    ],
+)
+def test_an_environment_that_names_no_process_is_refused(monkeypatch, values, sentence):
+    torchrun_sets(monkeypatch, **values)
+    with pytest.raises(RunError, match=sentence):
+        parallel.position()
+
+
 def test_what_cannot_be_used_is_said_in_a_sentence(monkeypatch):
     with pytest.raises(RunError, match=r"device meta:3|device cuda:77"), join("cuda:77"):
         pass
@@ -96,7 +137,7 @@ def test_what_cannot_be_used_is_said_in_a_sentence(monkeypatch):
     with pytest.raises(ZeroDivisionError), join("cpu"):  # a bug stays a traceback
         _ = 1 / 0
     monkeypatch.setattr(parallel.dist, "init_process_group", lambda backend: None)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    torchrun_sets(monkeypatch, WORLD_SIZE=2, RANK=0, MASTER_ADDR="here", MASTER_PORT=1)
     with pytest.raises(RunError, match=r"process 0 of 2 lost another one: .*\[::1\]$"), join("cpu"):
         raise RuntimeError("[pair.cc:525] Connection closed by peer [::1]\nadvice")
     with pytest.raises(RuntimeError, match="shapes"), join("cpu"):

@@ -100,6 +100,10 @@ def test_who_is_refused_leaves_the_empty_folder_of_the_run_that_holds_it(tmp_pat
 
 def test_the_first_process_speaks_for_all(finished, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ValueError, match="already holds a run"):
+        check_folder(finished)  # a job script's RANK: this process is alone
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "2")
     check_folder(finished)
 
 

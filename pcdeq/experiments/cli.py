@@ -92,9 +92,11 @@ def guarded(function: Callable[[], object]) -> int:
         else that can be expected to happen (data, checkpoint, non-finite loss, disk, memory), with
         one sentence on stderr. An exception that nobody expected is a bug and passes through.
     """
-    for stream in (sys.stdout, sys.stderr):  # a path may hold what the terminal cannot show
-        with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell: `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (it stays open)
+        with contextlib.suppress(AttributeError):  # a path may hold what the terminal cannot show
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     with Leaving():
         status, sentence = _outcome(function)
     if sentence:
@@ -102,9 +104,13 @@ def guarded(function: Callable[[], object]) -> int:
             print(sentence, file=sys.stderr)
     try:
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has read enough; Python must not flush again at exit
-        with contextlib.suppress(OSError):
+    except OSError as error:
+        with contextlib.suppress(OSError):  # Python must not flush again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not (status or isinstance(error, BrokenPipeError)):  # `| head` has read enough
+            status = 1
+            with contextlib.suppress(OSError):
+                print(f"error: the output cannot be written ({error.strerror})", file=sys.stderr)
     return status
 
 

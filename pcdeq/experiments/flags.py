@@ -128,7 +128,7 @@ def _number(
     kind: Callable[[str], float], accepts: Callable[[float], bool], wanted: str
 ) -> Callable[[str], float]:
     def convert(text: str) -> float:
-        with contextlib.suppress(ValueError, ZeroDivisionError):
+        with contextlib.suppress(ValueError, ZeroDivisionError, OverflowError):
             if accepts(value := kind(text)):
                 return value
         raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")

@@ -128,6 +128,29 @@ class Processes:
 ALONE = Processes(torch.device("cpu"))
 
 
+def position() -> tuple[int, int, int]:
+    """RANK, LOCAL_RANK and WORLD_SIZE, as ``torchrun`` sets them; a process alone is the first.
+
+    Raises:
+        RunError: they do not say which process this is.
+    """
+    given = {name: os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    way_out = "start with torchrun, or unset WORLD_SIZE, RANK and LOCAL_RANK"
+    for name, value in given.items():
+        if value and not value.isdecimal():
+            raise RunError(f"{name} is {value!r} in the environment, no number: {way_out}")
+    world = int(given["WORLD_SIZE"] or 1)
+    if world == 1:  # RANK alone is some job script's
+        return 0, 0, 1
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise RunError(f"WORLD_SIZE is {world}, but {name} is not set: {way_out}")
+    rank = int(given["RANK"])
+    if rank >= world:
+        raise RunError(f"RANK is {rank}, but WORLD_SIZE is {world}: {way_out}")
+    return rank, int(given["LOCAL_RANK"] or 0), world
+
+
 @contextmanager
 def join(device: str) -> Iterator[Processes]:
     """Joins the other processes of this run, where ``torchrun`` started any.
@@ -136,10 +159,10 @@ def join(device: str) -> Iterator[Processes]:
         device: as the user named it; with several processes on CUDA each takes a GPU of its own.
 
     Raises:
-        RunError: the device cannot be used, or another process was lost on the way.
+        RunError: the device cannot be used, the environment does not say which process this is, or
+            another process was lost on the way.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    rank, local_rank, world = position()
     place = torch.device(device)
     if place.type == "cuda":
         place = torch.device("cuda", local_rank if world > 1 else place.index or 0)

@@ -73,7 +73,8 @@ def _report(model: Network, images: data.ImageSet, flags: argparse.Namespace) ->
         f"{len(images):,} test images{origin}: "
         f"accuracy {test.accuracy:.2f} %, loss {test.loss:.4f}; "
         f"iterations {test.forward_iters:.1f} (mean), {test.forward_iters_max} (max); "
-        f"{test.images_per_second:,.0f} images/s"
+        f"{test.images_per_second:,.0f} images/s",
+        flush=True,  # what follows may take hours
     )
     if test.unconverged:
         missed = f"{test.unconverged} of the solves"
@@ -97,7 +98,7 @@ def _timed(table: Callable[[Callable[[], object]], str]) -> None:
     start = time.perf_counter()
     with _counter() as counter:
         text = table(counter.update)
-    print(f"\n{text}\n  ({time.perf_counter() - start:.1f} s)")
+    print(f"\n{text}\n  ({time.perf_counter() - start:.1f} s)", flush=True)
 
 
 def _counter() -> tqdm:

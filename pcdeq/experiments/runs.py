@@ -29,6 +29,7 @@ import torch
 from pcdeq.experiments.config import FLAGS, RunConfig, differences
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.files import make_and_lock, temporary, write_whole
+from pcdeq.experiments.parallel import position
 from pcdeq.weights import CheckpointError, read_checkpoint
 
 CONFIG, METRICS, BEST, LAST = "config.json", "metrics.csv", "best.pth", "last.pth"
@@ -48,9 +49,10 @@ def check_folder(config: RunConfig) -> None:
 
     Raises:
         ValueError: with one sentence for the user.
-        RunError: ``config.json`` is damaged.
+        RunError: ``config.json`` is damaged, or the environment does not say which process this is.
     """
-    if os.environ.get("RANK", "0") != "0":
+    rank, *_ = position()
+    if rank > 0:
         return
     folder = config.folder
     if config.resume and config.overwrite:
@@ -168,7 +170,7 @@ class Run:
         earlier = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for name in (CONFIG, METRICS, BEST, LAST):  # what a kill in the middle of a write left
+            for name in (CONFIG, METRICS, BEST, LAST, CERTIFICATES):  # left by a kill in a write
                 temporary(self.folder / name).unlink(missing_ok=True)
             old_run = any((self.folder / name).exists() for name in (LAST, BEST, METRICS))
             if old_run and not self.config.overwrite and (self.folder / CONFIG).exists():
@@ -228,7 +230,7 @@ class Run:
         if self._waiting is not None:  # the old run's other files follow
             self.write_json(CONFIG, self._waiting)
             self._waiting = None
-            (self.folder / CERTIFICATES).unlink(missing_ok=True)
+        (self.folder / CERTIFICATES).unlink(missing_ok=True)  # they were of other weights
         self.settle(checkpoint)
 
     def settle(self, checkpoint: dict[str, Any]) -> None:

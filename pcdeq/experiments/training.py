@@ -64,9 +64,11 @@ def train(config: RunConfig) -> RunResult:
             try:
                 if processes.first:
                     print(text, flush=True)
-            except BrokenPipeError:
-                advice = _advice(run, result)
-                raise RunError(f"whoever read the output has gone; {advice}") from None
+            except OSError as error:
+                gone = isinstance(error, BrokenPipeError)
+                why = f"the output cannot be written ({error.strerror})"
+                why = "whoever read the output has gone" if gone else why
+                raise RunError(f"{why}; {_advice(run, result)}") from None
 
         if len(result.rows) >= config.epochs and not config.certify:
             done = len(result.rows)
