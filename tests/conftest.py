@@ -25,10 +25,10 @@ def drawn(monkeypatch):
 
     figures, save = [], Figure.savefig
 
-    def keep(figure, path):
+    def keep(figure, file, **options):
         if figure not in figures:
             figures.append(figure)
-        save(figure, path, dpi=40)
+        save(figure, file, dpi=40, **options)
 
     monkeypatch.setattr(Figure, "savefig", keep)
     return figures

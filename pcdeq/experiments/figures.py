@@ -7,6 +7,7 @@ in colour alone.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from pcdeq.experiments.convergence import History
 from pcdeq.experiments.errors import RunError
+from pcdeq.experiments.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +69,9 @@ def drawing(
         yield figure
         path.parent.mkdir(parents=True, exist_ok=True)
         for ending in formats:
-            figure.savefig(f"{path}.{ending}")
+            image = io.BytesIO()  # written whole: a full disk tears no figure
+            figure.savefig(image, format=ending)
+            write_whole(Path(f"{path}.{ending}"), image.getvalue())
 
 
 def legend(axis: Axes, solid: str, dashed: str, *, dots: bool = False) -> None:
