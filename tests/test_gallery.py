@@ -20,8 +20,8 @@ def test_runs_and_checkpoints_get_their_figures(tmp_path, capsys):
     shutil.copy(run / "best.pth", tmp_path / "named.pth")
     words = [str(run), str(run / "last.pth"), str(tmp_path / "named.pth"), "-o", str(out)]
     main([*words, "--sample", "--eps", "0.01", "--first", "20"])
-    names = [f"{n}_{k}" for n in ("run_last", "named") for k in ("convergence", "robustness")]
-    names += ["curves", "iterations"]
+    names = ["curves", "iterations"]
+    names += [f"{n}_{k}" for n in ("run_last", "named") for k in ("convergence", "robustness")]
     assert capsys.readouterr().out.split() == [str(out / f"{name}.png") for name in names]
     assert {path.name for path in out.iterdir()} == {
         f"{name}.{ending}" for name in names for ending in ("png", "pdf")

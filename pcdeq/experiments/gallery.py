@@ -11,7 +11,7 @@ from pcdeq.experiments import machine
 from pcdeq.experiments.certifying import robust_accuracy, warn_of_negative_weights
 from pcdeq.experiments.convergence import history
 from pcdeq.experiments.curves import distinct, run_figures
-from pcdeq.experiments.data import test_set
+from pcdeq.experiments.data import ImageSet, test_set
 from pcdeq.experiments.figures import convergence_figure, robustness_figure
 from pcdeq.experiments.flags import (
     add_data,
@@ -55,14 +55,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.eps and len(folders) == len(flags.runs):
         parser.error("--eps is for checkpoints: name best.pth or last.pth in the folder")
     checkpoints = distinct((run for run in flags.runs if run not in folders), _name)
-    # All are read before anything is drawn; what needs data, which may be absent, comes first.
+    # All are read before anything is drawn, and proofs, which may take hours, come last.
     models = {name: load_network(path, *identity(flags)) for name, path in checkpoints.items()}
-    made = []
+    sets = {name: test_set(model, **data_source(flags)) for name, model in models.items()}
+    if folders:
+        print(*run_figures(folders, flags.out), sep="\n", flush=True)
     for name, model in models.items():
         with machine.threads_for(model.name):
-            made += _of_checkpoint(model, name, flags)
-    made += run_figures(folders, flags.out) if folders else []
-    print(*made, sep="\n")
+            print(*_of_checkpoint(model, sets[name], name, flags), sep="\n", flush=True)
 
 
 def _name(path: Path) -> str:
@@ -71,9 +71,10 @@ def _name(path: Path) -> str:
     return path.stem if named else f"{path.resolve().parent.name}_{path.stem}"
 
 
-def _of_checkpoint(model: Network, name: str, flags: argparse.Namespace) -> list[Path]:
+def _of_checkpoint(
+    model: Network, images: ImageSet, name: str, flags: argparse.Namespace
+) -> list[Path]:
     warn_of_negative_weights(model)
-    images = test_set(model, **data_source(flags))
     count = BATCH // 10 if isinstance(model.blocks[0], PcDEQConv2d) else BATCH
     batch, _ = images.some(count).batch(slice(count))
     steps = 2 * STEPS * len(model.blocks)

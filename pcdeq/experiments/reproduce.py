@@ -156,7 +156,9 @@ def _run(
         for failure in failures:
             print(f"failed: {failure.job.name}: {failure.reason}", file=sys.stderr)
     if failures:
-        raise RunError(f"{len(failures)} of {len(jobs)} runs failed; the same command tries again")
+        usage = any(failure.reason.startswith("exit status 2:") for failure in failures)
+        again = "" if usage else "; the same command tries again"  # other flags are needed
+        raise RunError(f"{len(failures)} of {len(jobs)} runs failed{again}")
 
 
 def _options(args: argparse.Namespace, row: str, whole: list[Result]) -> dict[str, object]:

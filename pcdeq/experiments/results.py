@@ -105,7 +105,7 @@ def _read(path: Path) -> Result:
     if result.row not in RECIPES:
         raise RunError(f"{path} names the row {result.row!r}, which the paper does not have")
     if result.name != path.stem:
-        raise RunError(f"{path} holds the result of {result.name}")
+        raise RunError(f"{path} holds the result of {result.name}: rename it")
     return result
 
 
@@ -116,7 +116,8 @@ def _is_whole(result: Result) -> bool:
     columns = (result.test_acc, result.forward_iters, result.backward_iters)
     return (
         all(isinstance(getattr(result, name), kind) for name, kind in kinds.items())
-        and {*OPTIONS, "processes"} <= result.options.keys()
+        and {*OPTIONS, "processes", "tf32"} <= result.options.keys()
+        and isinstance(result.options["processes"], int)
         and "torch" in result.versions
         and all(len(column) == result.epochs_run > 0 for column in columns)
         and all(isinstance(value, int | float) for column in columns for value in column)

@@ -62,14 +62,13 @@ def check_folder(config: RunConfig) -> None:
         if others := sorted(folder.glob(f"*/{CONFIG}")):
             raise ValueError(f"{folder} holds runs ({others[0].parent}): name another folder")
         return  # no epoch was completed
+    if not (config.overwrite or (folder / LAST).exists()):
+        raise ValueError(
+            f"{folder} holds a run but no {LAST} to go on from: --overwrite starts it anew"
+        )
     if not (config.resume or config.overwrite):
         raise ValueError(
             f"{folder} already holds a run: --resume goes on with it, --overwrite starts it anew"
-        )
-    rest = any((folder / name).exists() for name in (METRICS, BEST))
-    if config.resume and rest and not (folder / LAST).exists():
-        raise ValueError(
-            f"{folder} holds a run but no {LAST} to go on from: --overwrite starts it anew"
         )
     if config.resume and (folder / CONFIG).exists():
         try:
