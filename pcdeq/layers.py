@@ -73,7 +73,7 @@ class Nonnegative(nn.Module):
     @torch.no_grad()
     def clamp(self) -> None:
         """Projects v and g onto the nonnegative orthant, in place; where they are parametrised
-        (``torch.nn.utils.parametrize``, ``prune``), the parameters behind them."""
+        (``torch.nn.utils.parametrize``), the parameters behind them."""
         for parameter in self.parameters():
             parameter.clamp_(min=0)
 

@@ -65,9 +65,9 @@ def train(config: RunConfig) -> RunResult:
                 if processes.first:
                     print(text, flush=True)
             except OSError as error:
-                gone = isinstance(error, BrokenPipeError)
                 why = f"the output cannot be written ({error.strerror})"
-                why = "whoever read the output has gone" if gone else why
+                if isinstance(error, BrokenPipeError):
+                    why = "whoever read the output has gone"
                 raise RunError(f"{why}; {_advice(run, result)}") from None
 
         if len(result.rows) >= config.epochs and not config.certify:
