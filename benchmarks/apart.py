@@ -5,6 +5,7 @@
 
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,7 +23,10 @@ from torchvision import transforms
 
 from pcdeq import build_network
 from pcdeq.experiments import data, machine
+from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.optimizer import AdamW
+
+LINUX = sys.platform == "linux"
 
 
 def alone(**arguments) -> dict:
@@ -30,9 +34,10 @@ def alone(**arguments) -> dict:
     command = [sys.executable, __file__, json.dumps(arguments)]
     # Every tensor then goes back to the system as it is freed: the peak is of what lives.
     glibc = {"MALLOC_MMAP_THRESHOLD_": str(2**16)} if "row" in arguments else {}
-    done = subprocess.run(
-        command, check=True, capture_output=True, text=True, env=os.environ | glibc
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | glibc)
+    if done.returncode:
+        last = (done.stderr.strip() or "it said nothing").splitlines()[-1]
+        raise RunError(f"{arguments} ended with {done.returncode}: {last}")
     return json.loads(done.stdout)
 
 
@@ -57,7 +62,8 @@ def reset_peak(device: str) -> float:
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")
+    if LINUX:
+        Path("/proc/self/clear_refs").write_text("5")
     return resident("VmRSS")
 
 
@@ -69,7 +75,9 @@ def peak(device: str) -> float:
 
 
 def resident(field: str) -> float:
-    """``VmRSS``, resident memory, or ``VmHWM``, its peak, in MiB."""
+    """``VmRSS``, resident memory, or ``VmHWM``, its peak, in MiB; NaN where not on Linux."""
+    if not LINUX:
+        return math.nan
     line = next(ln for ln in Path("/proc/self/status").read_text().splitlines() if field in ln)
     return int(line.split()[1]) / 2**10
 

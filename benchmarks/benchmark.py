@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from apart import alone, peak_memory
+from apart import LINUX, alone, peak_memory
 from contestants import (
     BATCH,
     OPTIONS,
@@ -195,7 +195,7 @@ def main() -> None:
         "--seed", type=flags.seed, default=0, help="of weights and digits (default: 0)"
     )
     parser.add_argument(
-        "--device", type=flags.device, choices=("cpu", "cuda"), default="cpu", help="(default: cpu)"
+        "--device", type=processor, default="cpu", help="cpu or cuda (default: cpu)"
     )
     args = parser.parse_args()
     names = [*(row.name for row in ROWS), "epoch", "memory"]
@@ -220,8 +220,15 @@ def main() -> None:
             for turn in range(5)
         ]
         print(epoch_table(turns), end="\n\n", flush=True)
-    if fnmatch.fnmatch("memory", args.rows) and sys.platform == "linux":
+    if fnmatch.fnmatch("memory", args.rows) and (LINUX or args.device != "cpu"):
         print(memory_table(args.seed, args.device))
+
+
+def processor(name: str) -> str:
+    """``flags.device``, of those that are timed."""
+    if name not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{name!r} is not one of cpu, cuda")
+    return flags.device(name)
 
 
 def epoch_table(turns: list[list[dict]]) -> str:

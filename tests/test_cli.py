@@ -251,9 +251,10 @@ def test_exit_statuses(error, status, words, capsys):
     assert err == "" if words is None else words in err and len(err.splitlines()) == 1
 
 
-def test_sigterm_before_training_is_143():
+def test_sigterm_before_training_is_143(capsys):
     before = signal.getsignal(signal.SIGTERM)
     assert guarded(lambda: signal.raise_signal(signal.SIGTERM)) == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM\n"
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -61,10 +61,16 @@ def test_run_figures_show_the_metrics(tmp_path, drawn, capsys):
     test, training = drawn[0].legends[0].legend_handles[:2]
     assert test.get_marker() == training.get_marker() == "o"  # as b is of one epoch
     assert test.get_markerfacecolor() != training.get_markerfacecolor() == "none"
+    for name in ("_hidden", "$lr=10^-3$"):
+        (tmp_path / "a").rename(tmp_path / name)
+        run_figures([tmp_path / name], tmp_path / "figures")
+        (tmp_path / name).rename(tmp_path / "a")
+        (shown,) = drawn[-2].legends[0].texts[2:]
+        assert shown.get_text().strip().replace("\\", "") == name
     with pytest.raises(RunError, match=r"complete epoch \(runs are in it: .*/\*\)"):
         run_figures([tmp_path], tmp_path / "figures")
     with pytest.raises(RunError, match=r"no run with a complete epoch$"):
         run_figures([tmp_path / "nowhere"], tmp_path / "figures")
     run_figures([tmp_path / "nowhere", tmp_path / "a"], tmp_path / "figures")
     assert "nowhere is no run with a complete epoch" in capsys.readouterr().out
-    assert drawn[2].legends[0].legend_handles[0].get_marker() == "None"
+    assert drawn[-2].legends[0].legend_handles[0].get_marker() == "None"

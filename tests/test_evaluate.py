@@ -159,6 +159,15 @@ def test_unconverged_solves_are_warned_of(checkpoints, capsys):
     assert status == 0 and "warning: the tolerance 0.0001 was not reached in 1 of the solves" in out
 
 
+def test_weights_that_have_exploded_are_warned_of(capsys, tmp_path):
+    model = copy.deepcopy(trained("linear_pcdeq_1", "tanh"))
+    with torch.no_grad():
+        model.classifier.weight.mul_(3e38)
+    torch.save({**describe(model), "model": model.state_dict()}, tmp_path / "best.pth")
+    _, out, _ = run(capsys, tmp_path / "best.pth", "--sample", "--first", 50)
+    assert re.search("warning: the loss is (nan|inf): the weights have exploded", out)
+
+
 def test_the_tolerance_in_bfloat16_is_the_one_that_holds(checkpoints, capsys):
     _, out, _ = run(
         capsys, checkpoints / "best.pth", "--sample", "--first", 50, "--precision", "bf16"
@@ -198,8 +207,8 @@ def test_a_plain_state_dict_needs_to_be_told(checkpoints, capsys):
         (("best.pth", "--eps", "8/255", "8"), "'8' is not a radius between 0 and 1 (pixels"),
         (("best.pth", "--eps", "8/0"), "'8/0' is not a radius between 0 and 1"),
         (("best.pth", "--eps"), "expected at least one argument"),
-        (("best.pth", "--first", "0"), "'0' is not a whole number from 1 on"),
-        (("best.pth", "-b", "-3"), "'-3' is not a whole number from 1 on"),
+        (("best.pth", "--first", "0"), "'0' is not a whole number from 1 to 2147483647"),
+        (("best.pth", "-b", "-3"), "'-3' is not a whole number from 1 to 2147483647"),
         (("best.pth", "-net", "big"), "invalid choice: 'big'"),
         (("best.pth", "--device", "tpu"), "'tpu' is not one of cpu"),
         (("best.pth", "--sample", "--image-folder", "x"), "not allowed with argument"),

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from drawings import lines
+from drawings import legend_of, lines
 
 from pcdeq import build_network
 from pcdeq.experiments.convergence import History, history
@@ -35,10 +35,10 @@ def test_a_block_without_a_rate_below_one_has_no_such_line(tmp_path, drawn):
     convergence_figure(
         [History("block", residuals, residuals, residuals, 1.2, 1e-4)], tmp_path / "a"
     )
-    assert len(drawn[0].axes[0].get_lines()) == 1 + 1 + 1  # measured, tolerance, legend
+    assert len(drawn[0].axes[0].get_lines()) == 1 + 1  # measured, tolerance
     gone = [0.0] * 60  # in one step
     convergence_figure([History("block", gone, gone, residuals, 1e-20, 1e-4)], tmp_path / "b")
-    assert len(drawn[1].axes[0].get_lines()) == 1 + 1 + 2
+    assert len(drawn[1].axes[0].get_lines()) == 1 + 1 + 1  # and what is dashed, in the legend
 
 
 def test_a_block_without_a_certificate_has_no_width_and_says_so(tmp_path, drawn):
@@ -57,7 +57,9 @@ def test_a_block_without_a_certificate_has_no_width_and_says_so(tmp_path, drawn)
 def test_the_histories_of_a_real_network_can_be_drawn(tmp_path, drawn):
     network = build_network("linear_pcdeq_1", "tanh")
     convergence_figure(history(network, torch.rand(4, 1, 28, 28)), tmp_path / "real")
-    assert "block" in lines(drawn[0].axes[0])
+    assert legend_of(drawn[0]) == ["certified rate (slope)", "measured", "tolerance"]
+    convergence_figure(2 * history(network, torch.rand(4, 1, 28, 28)), tmp_path / "two")
+    assert legend_of(drawn[1])[:3] == ["measured", "certified rate (slope)", "block"]
 
 
 def test_certified_and_attacked_accuracy_bracket_the_truth(tmp_path, drawn):

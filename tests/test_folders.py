@@ -1,5 +1,6 @@
 """Folders of images: read as torchvision reads them; what is wrong with them is named."""
 
+import os
 import re
 import shutil
 import warnings
@@ -182,6 +183,13 @@ def test_an_empty_class_is_named(tmp_path, part):
     write_images(tmp_path, {"a": 1, "lonely": 1})
     (tmp_path / part / "lonely" / "0.png").unlink()
     with pytest.raises(DataError, match=f"{part}.*lonely"):
+        load("cifar", image_folder=tmp_path)
+
+
+def test_a_class_that_cannot_be_read_is_no_empty_one(tmp_path, monkeypatch):
+    write_images(tmp_path, {"a": 1, "closed": 1})
+    monkeypatch.setattr(os, "access", lambda place, mode: not str(place).endswith("closed"))
+    with pytest.raises(DataError, match="train: no permission to read closed"):
         load("cifar", image_folder=tmp_path)
 
 

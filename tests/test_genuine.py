@@ -1,6 +1,8 @@
 """The genuine sets: read through torchvision, verified; where absent, the error helps."""
 
+import errno
 import hashlib
+import os
 import pickle
 import re
 import shutil
@@ -203,6 +205,15 @@ def test_without_network_and_data_the_error_says_what_to_do(dataset, tmp_path, m
     inside = ("MNIST/raw/" if dataset == "mnist" else "") + WANTED[dataset][0]
     assert f"name with --data-root the folder that has {inside}, or" in sentence
     assert "\n" not in sentence
+
+
+def test_where_nothing_can_be_written_the_error_says_what_to_do_too(tmp_path, monkeypatch):
+    def refuse(path, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "makedirs", refuse)
+    with pytest.raises(DataError, match=r"cannot be downloaded \(.*Permission denied.*--sample"):
+        load("mnist", root=tmp_path / "none")
 
 
 def test_only_what_is_missing_is_asked_for(genuine):

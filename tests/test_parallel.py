@@ -1,5 +1,8 @@
 """Several processes are one: the parts, their weights, and real gloo processes."""
 
+import signal
+import time
+
 import pytest
 import torch
 import worker
@@ -88,6 +91,25 @@ def test_a_gpu_without_a_number_is_the_first(name, index, monkeypatch):
         assert processes.device == chosen[0] == torch.device("cuda", index)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_waits_for_the_others_ends_at_a_signal(number, tmp_path):
+    """torchrun ends so those whose first process met a usage error."""
+    address = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    code = (
+        "import torch.distributed as dist, pcdeq.experiments.parallel as parallel;"
+        "from pcdeq.experiments.signals import Leaving;"
+        "wait = dist.init_process_group;"
+        "dist.init_process_group = lambda backend: (print('waits', flush=True), wait(backend));"
+        "leaving = Leaving(); leaving.__enter__(); parallel.join('cpu').__enter__()"
+    )
+    process = start("-c", code, RANK=0, LOCAL_RANK=0, **address)
+    assert process.stdout.readline() == "waits\n"
+    time.sleep(0.5)  # it is in the wait now, or about to be
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == -number
+
+
 def torchrun_sets(monkeypatch, **values):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -138,7 +160,10 @@ def test_what_cannot_be_used_is_said_in_a_sentence(monkeypatch):
         _ = 1 / 0
     monkeypatch.setattr(parallel.dist, "init_process_group", lambda backend: None)
     torchrun_sets(monkeypatch, WORLD_SIZE=2, RANK=0, MASTER_ADDR="here", MASTER_PORT=1)
-    with pytest.raises(RunError, match=r"process 0 of 2 lost another one: .*\[::1\]$"), join("cpu"):
+    with (
+        pytest.raises(RunError, match=r"process 0 of 2 lost another one, .*\[::1\]\)$"),
+        join("cpu"),
+    ):
         raise RuntimeError("[pair.cc:525] Connection closed by peer [::1]\nadvice")
     with pytest.raises(RuntimeError, match="shapes"), join("cpu"):
         raise RuntimeError("shapes do not fit")

@@ -172,6 +172,18 @@ def test_a_wrong_command_line_is_a_usage_error(words, capsys):
     assert "usage: reproduce.py" in capsys.readouterr().err
 
 
+def test_a_run_begun_with_other_options_is_said_before_any_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "run_all", lambda *_: pytest.fail("a run was begun"))
+    monkeypatch.setattr(reproduce, "_fetch", lambda *_: pytest.fail("data were downloaded"))
+    made_up_run(tmp_path / "runs" / f"{LINEAR.name}_seed1", LINEAR, 1, ran=3, solver="anderson")
+    words = ["mnist", "--rows", "linear*tanh", "--seeds", "2", "--results", str(tmp_path)]
+    with pytest.raises(RunError, match=r"tanh_seed1 with the same flags, but: --solver picard"):
+        main(ROOT, words)
+    monkeypatch.setattr(reproduce, "_fetch", lambda *_: None)
+    monkeypatch.setattr(reproduce, "run_all", lambda jobs, *_: [])
+    main(ROOT, [*words, "--solver", "anderson"])
+
+
 def test_absent_data_is_said_once_before_any_run(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "run_all", lambda *_: pytest.fail("a run was begun"))
     monkeypatch.setattr(genuine, "SOURCES", {"mnist": lambda root: root})

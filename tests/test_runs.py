@@ -136,7 +136,9 @@ def test_flags_that_leave_the_numbers_alone_may_change(finished):
 
 def test_a_folder_that_cannot_be_written_is_refused_and_nothing_is_made(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("x" * 300), "a\0b"):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    below = [tmp_path / name / "run" for name in ("file", "link")]
+    for out in (tmp_path / "file", tmp_path / "link", *below, tmp_path / ("x" * 300), "a\0b"):
         with pytest.raises(ValueError, match="cannot be written") as refusal:
             check_folder(config_of(out))
         assert "\n" not in str(refusal.value)
@@ -144,7 +146,7 @@ def test_a_folder_that_cannot_be_written_is_refused_and_nothing_is_made(tmp_path
     monkeypatch.setattr(os, "access", lambda place, mode: False)
     with pytest.raises(ValueError, match="no permission"):
         check_folder(config_of(tmp_path / "new" / "run"))
-    assert os.listdir(tmp_path) == ["file"]
+    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"net": "linear_pcdeq_1"}', "\x00\xff"])

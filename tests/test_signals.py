@@ -7,7 +7,7 @@ import threading
 import pytest
 from processes import start
 
-from pcdeq.experiments.signals import NUMBERS, Interrupted, Leaving, Signals
+from pcdeq.experiments.signals import NUMBERS, Interrupted, Leaving, Signals, default_signals
 
 ONE_LONG_OPERATION = """
 import hashlib
@@ -67,6 +67,21 @@ def test_an_ignored_signal_stays_ignored_while_libraries_are_loaded():
         assert leaving.number == 0 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_wait_outside_of_python_ends_at_the_signal_itself():
+    handlers = {}
+    before = [signal.getsignal(number) for number in NUMBERS]
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with Leaving() as leaving:
+            with default_signals():
+                handlers = {number: signal.getsignal(number) for number in NUMBERS}
+            assert signal.getsignal(signal.SIGTERM) is leaving
+    finally:
+        for number, handler in zip(NUMBERS, before, strict=True):
+            signal.signal(number, handler)
+    assert handlers == {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_DFL}
 
 
 def test_what_another_process_breaks_is_the_signal_that_it_heard_first():

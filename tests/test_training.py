@@ -12,7 +12,7 @@ from processes import same, weights
 from small_runs import config_of, overflow
 
 from pcdeq import build_network
-from pcdeq.experiments import data, runs, training
+from pcdeq.experiments import certifying, data, runs, training
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.signals import Interrupted
 from pcdeq.experiments.trainer import Trainer
@@ -235,6 +235,29 @@ def test_a_signal_ends_the_run_between_two_steps(tmp_path, monkeypatch, number, 
     assert len(calls) == (15 if during == "step" else 2)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert same(weights(tmp_path / "run" / "last.pth"), weights(tmp_path / "good" / "last.pth"))
+
+
+def test_certificates_come_at_the_end_and_a_signal_in_them_loses_nothing(
+    tmp_path, monkeypatch, capsys
+):
+    plain = certifying.certify
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return plain(*arguments)
+
+    config = config_of(tmp_path / "run", epochs=1, certify=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(certifying, "certify", interrupted)
+        with pytest.raises(Interrupted, match=r"run up to epoch 1, --resume goes on$"):
+            train(config)
+    assert not (config.folder / runs.CERTIFICATES).exists()
+    before = weights(config.folder / "last.pth")
+    train(replace(config, resume=True))
+    (row,) = json.loads((config.folder / runs.CERTIFICATES).read_text())
+    assert row["images"] == 250 and row["holds"]
+    assert "certificates of 250 images" in capsys.readouterr().out
+    assert same(weights(config.folder / "last.pth"), before)
 
 
 def test_a_run_does_not_go_on_with_other_images(tmp_path, digits):

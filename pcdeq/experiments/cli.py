@@ -8,6 +8,7 @@ with one sentence and status 1 (``guarded``). A parsed command line is a ``RunCo
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -117,8 +118,9 @@ def guarded(function: Callable[[], object]) -> int:
 def _outcome(function: Callable[[], object]) -> tuple[int, str]:
     try:
         function()
-    except SystemExit as stop:  # argparse has said all; so has SIGTERM
-        return int(stop.code or 0), ""
+    except SystemExit as stop:  # argparse has said all
+        status = int(stop.code or 0)
+        return status, "stopped by SIGTERM" * (status == 128 + signal.SIGTERM)
     except KeyboardInterrupt:
         return 130, "stopped by SIGINT"
     except Interrupted as stop:

@@ -11,7 +11,16 @@ import numpy as np
 
 from pcdeq.activations import ACTIVATIONS
 from pcdeq.experiments.errors import RunError
-from pcdeq.experiments.figures import COLOURS, COLUMN, DASHES, DOT, HOLLOW, drawing, legend
+from pcdeq.experiments.figures import (
+    COLOURS,
+    COLUMN,
+    DASHES,
+    DOT,
+    HOLLOW,
+    as_label,
+    drawing,
+    legend,
+)
 from pcdeq.experiments.recipes import ROWS
 from pcdeq.experiments.results import Result, read_metrics
 from pcdeq.experiments.runs import METRICS
@@ -189,6 +198,6 @@ def _pair(axis: Axes, runs: dict, solid: str, dashed: str, label: str) -> None:
         turn, colour = divmod(number, len(COLOURS))
         look = {"color": COLOURS[colour], "alpha": 1 / (1 + turn)}  # fainter, the second time
         look |= DOT if len(columns["epoch"]) == 1 else {}
-        axis.plot(columns["epoch"], columns[solid], label=name, **look)
+        axis.plot(columns["epoch"], columns[solid], label=as_label(name), **look)
         axis.plot(columns["epoch"], columns[dashed], linestyle=DASHES[2], **look, **HOLLOW)
     axis.set_ylabel(label)

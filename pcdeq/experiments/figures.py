@@ -77,18 +77,24 @@ def drawing(
 def legend(axis: Axes, solid: str, dashed: str, *, dots: bool = False) -> None:
     """What solid and dashed mean, and the lines' names, above a figure that grows with them.
 
-    Dashed lines without a meaning are not there.
+    Solid or dashed lines without a meaning of their own are not there.
     """
     look = {"color": "grey"} | (DOT if dots else {})
-    axis.plot([], [], label=solid, **look)
+    if solid:
+        axis.plot([], [], label=solid, **look)
     if dashed:
         axis.plot([], [], linestyle=DASHES[2], label=dashed, **look, **HOLLOW)
-    first = -2 if dashed else -1
+    first = -bool(solid) - bool(dashed)
     handles, labels = (each[first:] + each[:first] for each in axis.get_legend_handles_labels())
     columns = 2 if max(map(len, labels)) < 40 else 1
     figure, more = axis.figure, math.ceil(len(labels) / columns) - 2
     figure.set_figheight(figure.get_figheight() + max(0, more) * 0.16)  # inches a row
     figure.legend(handles, labels, loc="outside upper center", ncols=columns)
+
+
+def as_label(name: str) -> str:
+    """A name that someone else gave, as matplotlib shows it: no formula, and not hidden."""
+    return " " * name.startswith("_") + name.replace("$", r"\$")
 
 
 def convergence_figure(histories: Sequence[History], path: Path) -> Path:
@@ -104,11 +110,12 @@ def convergence_figure(histories: Sequence[History], path: Path) -> Path:
     Returns:
         The PNG file written, beside it a PDF.
     """
+    several = len(histories) > 1
     with drawing(path, COLUMN, 5.4) as figure:
         axes = figure.subplots(3, 1, sharex=True)
         for colour, each in zip(COLOURS, histories, strict=False):
             for axis, residuals in zip(axes, (each.forward, each.backward), strict=False):
-                _falling(axis, 1, residuals, colour, each.name)
+                _falling(axis, 1, residuals, colour, each.name if several else "measured")
                 _slope(axis, residuals, each.rate, colour)
             closing = each.width.index(min(each.width)) + 1 if each.width else 0
             _falling(axes[2], 0, each.width[:closing], colour, each.name)
@@ -120,7 +127,7 @@ def convergence_figure(histories: Sequence[History], path: Path) -> Path:
             axis.set_ylabel(label)
         axes[2].set(ylabel="width of the enclosure", xlabel="iteration")
         proved = any(0 < each.rate < 1 for each in histories)
-        legend(axes[0], "measured", "certified rate (slope)" if proved else "")
+        legend(axes[0], "measured" * several, "certified rate (slope)" * proved)
     return Path(f"{path}.png")
 
 

@@ -136,13 +136,13 @@ def _number(
     return convert
 
 
-count = _number(int, lambda n: 0 < n < 2**31, "a whole number from 1 on")
+count = _number(int, lambda n: 0 < n < 2**31, "a whole number from 1 to 2147483647")
 several = _number(
     int,
     lambda n: 1 < n < 2**31,
-    "a whole number from 2 on, as batch normalisation needs two images",
+    "a whole number from 2 (batch normalisation needs two images) to 2147483647",
 )
-from_zero = _number(int, lambda n: 0 <= n < 2**31, "a whole number from 0 on")
+from_zero = _number(int, lambda n: 0 <= n < 2**31, "a whole number from 0 to 2147483647")
 seed = _number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 4294967295")
 rate = _number(float, lambda x: 0 <= x < math.inf, "a finite number from 0 on")
 fraction = _number(float, lambda x: 0 < x < 1, "a number between 0 and 1")

@@ -1,5 +1,6 @@
 """Anyone's images: a folder for each class, read once, by several threads."""
 
+import os
 import warnings
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -52,6 +53,9 @@ class _Folder(datasets.ImageFolder):
         classes = [name for name in super().find_classes(directory)[0] if name[0] != "."]
         if not classes:
             raise FileNotFoundError("it holds no class but hidden folders")
+        for name in classes:  # torchvision takes one that cannot be read for an empty one
+            if not os.access(os.path.join(directory, name), os.R_OK | os.X_OK):
+                raise FileNotFoundError(f"no permission to read {name}")
         return classes, {name: label for label, name in enumerate(classes)}
 
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
-from urllib.error import URLError
 
 import torch
 from torch import Tensor
@@ -103,7 +102,7 @@ def genuine(source: Genuine) -> tuple[Labelled, Labelled]:
     try:
         with _download(needed):
             return source.read(True), source.read(False)
-    except (RuntimeError, URLError, TimeoutError, ConnectionError, HTTPException) as error:
+    except (RuntimeError, OSError, HTTPException) as error:
         wanted = [path for path in source.archives if not path.exists()] or missing
         names = ", ".join(path.name for path in wanted)
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip("<>")

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pcdeq.experiments.errors import RunError
+from pcdeq.experiments.signals import default_signals
 
 # How gloo and nccl put it when the other end is gone.
 _LOST = re.compile(r"gloo|nccl|connection|peer|socket|broken pipe", re.IGNORECASE)
@@ -176,7 +177,8 @@ def join(device: str) -> Iterator[Processes]:
         raise RunError(f"several processes need --device cuda or cpu, not {place.type}")
     try:
         if world > 1:
-            dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+            with default_signals():  # waits for the others, who may have met a usage error
+                dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
         yield Processes(place, rank, world, local_rank)
         if world > 1:
             dist.destroy_process_group()
@@ -184,8 +186,10 @@ def join(device: str) -> Iterator[Processes]:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise RunError(f"{place} has too little memory: a smaller -b needs less") from None
         if world > 1 and not isinstance(error, RunError) and _LOST.search(str(error)):
-            message = f"process {rank} of {world} lost another one: {first_line(error)}"
-            raise RunError(message) from None
+            raise RunError(
+                f"process {rank} of {world} lost another one, whose output may say why; --resume "
+                f"goes on from the last complete epoch ({first_line(error)})"
+            ) from None
         raise
 
 

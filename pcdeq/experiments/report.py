@@ -1,6 +1,7 @@
 """What a checkpoint is worth: test figures, certificates, and accuracy that is proved."""
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -79,6 +80,8 @@ def _report(model: Network, images: data.ImageSet, flags: argparse.Namespace) ->
     if test.unconverged:
         missed = f"{test.unconverged} of the solves"
         print(f"warning: the tolerance {tolerance:g} was not reached in {missed}")
+    if not math.isfinite(test.loss):
+        print(f"warning: the loss is {test.loss}: the weights have exploded, or are damaged")
     if flags.certify:
         _timed(
             lambda tick: certifying.format_certificates(

@@ -8,15 +8,18 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
 
 from pcdeq.experiments import machine
+from pcdeq.experiments.config import RunConfig
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.flags import add_help, add_solver, count, device, folder, program
 from pcdeq.experiments.publish import publish
 from pcdeq.experiments.recipes import ROWS, Recipe
 from pcdeq.experiments.results import Result, collect, find_runs, read_results, train_command
+from pcdeq.experiments.runs import check_folder
 from pcdeq.experiments.schedule import Job, run_all, share
 from pcdeq.experiments.tables import (
     TITLES,
@@ -127,11 +130,13 @@ def _run(
     have = {(r.row, r.seed) for r in whole}
     asked = [(recipe, seed) for recipe in recipes for seed in range(args.seeds)]
     _note_others(whole, asked, args)
-    jobs = [
-        _job(recipe, seed, results / "runs", root, _options(args, recipe.name, whole))
+    missing = [
+        (recipe, seed, results / "runs" / f"{recipe.name}_seed{seed}")
         for recipe, seed in asked
         if (recipe.name, seed) not in have
     ]
+    options = {recipe: _options(args, recipe.name, whole) for recipe, _, _ in missing}
+    jobs = [_job(*run, root, options[run[0]]) for run in missing]
     if not jobs:
         print(
             f"nothing to do: {results} holds all {len(asked)} results of {len(recipes)} row(s); "
@@ -144,7 +149,9 @@ def _run(
             for job in jobs:
                 print(shlex.join(job.command))
         return
-    _fetch({recipe.dataset for recipe, seed in asked if (recipe.name, seed) not in have}, args)
+    for run in missing:
+        _check(*run, options[run[0]])
+    _fetch({recipe.dataset for recipe, _, _ in missing}, args)
     threads = share(args.jobs)
     linear = ", the linear ones with 1" * any(job.serial for job in jobs) * (threads > 1)
     print(f"{len(jobs)} run(s), {args.jobs} at a time, {threads} thread(s) each{linear}")
@@ -202,8 +209,17 @@ def _note_others(
             )
 
 
-def _job(recipe: Recipe, seed: int, runs: Path, root: Path, options: dict[str, object]) -> Job:
-    folder = runs / f"{recipe.name}_seed{seed}"
+def _check(recipe: Recipe, seed: int, folder: Path, options: dict[str, object]) -> None:
+    """Refuses now what the training script would when the run's turn comes, hours later perhaps."""
+    given = {name: value for name, value in options.items() if value is not None}
+    run = {"seed": seed, "out": str(folder), "resume": True}
+    try:
+        check_folder(RunConfig(**asdict(recipe), **run, **given))
+    except ValueError as error:
+        raise RunError(str(error)) from None
+
+
+def _job(recipe: Recipe, seed: int, folder: Path, root: Path, options: dict[str, object]) -> Job:
     script, *words = train_command(recipe, seed, options)
     script = os.path.relpath(root / script)
     command = (_python(), script, *words, "--out", str(folder), "--resume")

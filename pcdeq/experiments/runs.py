@@ -90,6 +90,10 @@ def _check_writable(folder: Path) -> None:
         try:
             mode = os.stat(place).st_mode
         except FileNotFoundError:
+            if place.is_symlink():
+                raise ValueError(
+                    f"{folder} cannot be written: {place} is a link to what is not there"
+                ) from None
             continue
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
@@ -208,7 +212,9 @@ class Run:
             ) from None
         state = checkpoint.get("training")
         if not _is_state(state):
-            raise CheckpointError(f"{path} holds weights but no run to go on with")
+            raise CheckpointError(
+                f"{path} holds weights but no run to go on with: --overwrite starts it anew"
+            )
         different = differences(state["flags"], self.config.identity())
         if different:
             raise CheckpointError(f"{path} belongs to another run: {different}")

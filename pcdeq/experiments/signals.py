@@ -11,6 +11,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)  # from the keyboard; from Slurm, torchrun and kill
@@ -58,6 +60,23 @@ class Leaving:
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         sys.exit(128 + number)
+
+
+@contextmanager
+def default_signals() -> Iterator[None]:
+    """The context of a wait outside of Python, where no handler is called: a signal just ends it.
+
+    One that was to be ignored stays so.
+    """
+    handlers = {number: signal.getsignal(number) for number in NUMBERS if _is_main()}
+    mine = {n: handler for n, handler in handlers.items() if callable(handler)}
+    for number in mine:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in mine.items():
+            signal.signal(number, handler)
 
 
 class Signals:

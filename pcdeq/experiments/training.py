@@ -112,8 +112,8 @@ def train(config: RunConfig) -> RunResult:
                 say(_line(row, config))
             if processes.first:
                 signals.advice = _advice(run, result)
-        if config.certify and processes.first:
-            _certify(run, trainer, test_set, say)
+                if config.certify:
+                    _certify(run, trainer, test_set, say, signals.check)
         say(str(result))
         return result
 
@@ -216,11 +216,19 @@ def _restore(trainer: Trainer, test_set: ImageSet, checkpoint: dict[str, Any], p
         raise CheckpointError(f"{path} does not fit this run: {first_line(error)}") from None
 
 
-def _certify(run: Run, trainer: Trainer, test_set: ImageSet, say: Callable[[str], None]) -> None:
+def _certify(
+    run: Run,
+    trainer: Trainer,
+    test_set: ImageSet,
+    say: Callable[[str], None],
+    check: Callable[[], None],
+) -> None:
     from pcdeq.experiments.certifying import certify_set, format_certificates  # not every run's
 
     with progress(trainer.processes, desc="certificates", unit="batch") as bar:
-        certificates = certify_set(trainer.network, test_set, after_batch=bar.update)
+        certificates = certify_set(
+            trainer.network, test_set, after_batch=lambda: (bar.update(), check())
+        )
     run.write_json(CERTIFICATES, certificates)
     say(format_certificates(certificates))
 
