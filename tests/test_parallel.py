@@ -96,6 +96,7 @@ def test_a_process_that_waits_for_the_others_ends_at_a_signal(number, tmp_path):
     """torchrun ends so those whose first process met a usage error."""
     address = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"  # as in front
         "import torch.distributed as dist, pcdeq.experiments.parallel as parallel;"
         "from pcdeq.experiments.signals import Leaving;"
         "wait = dist.init_process_group;"
