@@ -107,7 +107,10 @@ def test_a_process_that_waits_for_the_others_ends_at_a_signal(number, tmp_path):
     assert process.stdout.readline() == "waits\n"
     time.sleep(0.5)  # it is in the wait now, or about to be
     process.send_signal(number)
-    process.communicate(timeout=60)
+    try:
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == -number
 
 
