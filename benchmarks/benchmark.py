@@ -252,7 +252,8 @@ def place(device: torch.device) -> str:
     instructions = torch.backends.cpu.get_cpu_capability()
     probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
     amx = "unknown AMX" if probe is None else ("AMX" if probe() else "no AMX")
-    return f"{where['processor']}, {instructions}, {amx}, {where['threads']} threads"
+    threads = machine.workers(1, where["threads"])
+    return f"{where['processor']}, {instructions}, {amx}, {threads}"
 
 
 if __name__ == "__main__":

@@ -149,7 +149,25 @@ def test_a_hidden_folder_is_no_class(tmp_path):
     assert train_set.labels.tolist() == [0, 0, 1, 1]
     for name in ("cat", "dog"):
         (tmp_path / "train" / name).rename(tmp_path / "train" / f".{name}")
-    with pytest.raises(DataError, match="train: it holds no class but hidden folders"):
+    with pytest.raises(DataError, match="train: it holds no folder of a class"):
+        load("svhn", image_folder=tmp_path)
+
+
+def test_hidden_files_are_no_images_and_what_else_is_left_out_is_said(tmp_path, capsys):
+    write_images(tmp_path, {"cat": 2, "dog": 2})
+    cats = tmp_path / "train" / "cat"
+    (cats / ".thumbnails").mkdir()
+    shutil.copy(cats / "0.png", cats / ".thumbnails" / "0.png")
+    (cats / "._0.png").write_bytes(b"as macOS leaves them")
+    train_set, _, _ = load("svhn", image_folder=tmp_path)
+    assert len(train_set) == 4 and capsys.readouterr().err == ""
+    (cats / "1.png").rename(cats / "1.heic")
+    train_set, _, _ = load("svhn", image_folder=tmp_path)
+    assert len(train_set) == 3
+    err = capsys.readouterr().err
+    assert f"train: 1 other file left out, as {cats / '1.heic'}: images end in .jpg" in err
+    (cats / "0.png").unlink()
+    with pytest.raises(DataError, match=r"for the classes cat \(images end in \.jpg.*\.webp\)$"):
         load("svhn", image_folder=tmp_path)
 
 

@@ -63,6 +63,13 @@ def test_two_folders_of_one_name_are_not_drawn_over_each_other(tmp_path):
         main([str(tmp_path / "a/run"), str(tmp_path / "b/run"), "-o", str(tmp_path / "out")])
 
 
+def test_where_no_figure_can_be_written_is_said_before_anything_is_read(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path / "nothing.pth"), "-o", str(tmp_path / "file" / "figures")])
+    assert stop.value.code == 2 and "file is not a folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words",
     [

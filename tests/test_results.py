@@ -52,7 +52,8 @@ def test_a_result_says_what_the_run_did(tmp_path):
         (RECIPES["svhn_single_conv_pcdeq_2_sigmoid"], {"image_folder": "digits", "ran": 2}),
     ],
 )
-def test_the_printed_command_is_the_run(tmp_path, recipe, changes):
+def test_the_printed_command_is_the_run(tmp_path, monkeypatch, recipe, changes):
+    monkeypatch.chdir(tmp_path)  # the clone may hold such a run
     made_up_run(tmp_path / "run", recipe, threads=3, **changes)
     result = from_run(tmp_path / "run")
     threads, python, script, *flags = shlex.split(result.command)

@@ -150,11 +150,16 @@ def test_a_folder_that_cannot_be_written_is_refused_and_nothing_is_made(tmp_path
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"net": "linear_pcdeq_1"}', "\x00\xff"])
-def test_a_damaged_config_is_named_and_a_run_goes_on_without_it(finished, content):
+def test_a_damaged_config_is_named_and_a_run_goes_on_without_it(finished, content, monkeypatch):
     path, resumed = finished.folder / runs.CONFIG, replace(finished, resume=True)
     path.write_text(content or path.read_text().replace('"epochs": 3', '"epochs": "3"'))
     with pytest.raises(RunError, match=r"config\.json .*with that file removed"):
         check_folder(resumed)
+    with monkeypatch.context() as patched:  # one that may not be read is not to be removed
+        patched.setattr(os, "access", lambda place, mode: mode != os.R_OK)
+        with pytest.raises(RunError, match=r"config\.json .*") as refusal:
+            check_folder(resumed)
+        assert "removed" not in str(refusal.value)
     path.unlink()
     check_folder(resumed)
     Run(resumed).begin(HERE)

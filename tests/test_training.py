@@ -246,7 +246,7 @@ def test_certificates_come_at_the_end_and_a_signal_in_them_loses_nothing(
         signal.raise_signal(signal.SIGINT)
         return plain(*arguments)
 
-    config = config_of(tmp_path / "run", epochs=1, certify=True)
+    config = config_of(tmp_path / "run", epochs=1, milestone=1, certify=True)
     with monkeypatch.context() as patched:
         patched.setattr(certifying, "certify", interrupted)
         with pytest.raises(Interrupted, match=r"run up to epoch 1, --resume goes on$"):
@@ -258,6 +258,9 @@ def test_certificates_come_at_the_end_and_a_signal_in_them_loses_nothing(
     assert row["images"] == 250 and row["holds"]
     assert "certificates of 250 images" in capsys.readouterr().out
     assert same(weights(config.folder / "last.pth"), before)
+    train(replace(config, resume=True, epochs=2, milestone=1, certify=False))
+    assert "certificates.json, of older weights, goes with the next" in capsys.readouterr().out
+    assert not (config.folder / runs.CERTIFICATES).exists()
 
 
 def test_a_run_does_not_go_on_with_other_images(tmp_path, digits):

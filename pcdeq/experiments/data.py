@@ -181,7 +181,8 @@ def load(
         else:
             from pcdeq.experiments.genuine import SOURCES, genuine
 
-            train, test = genuine(SOURCES[dataset](Path(root)))
+            instead = "or give --sample (MNIST digits, no download)"
+            train, test = genuine(SOURCES[dataset](Path(root)), instead)
     return (
         _image_set(train, dataset, device, augment, names),
         _image_set(test, dataset, device, False, names),
@@ -219,10 +220,10 @@ def test_set(
     known = network.class_names or names
     missing, foreign = sorted(set(known) - set(names)), sorted(set(names) - set(known))
     if missing or foreign:
+        only = [f"only the network knows {shortened(missing)}"] * bool(missing)
+        only += [f"only the images have {shortened(foreign)}"] * bool(foreign)
         raise DataError(
-            "the network was trained on other classes than the images have: only the network "
-            f"knows {shortened(missing) or 'none'}; only the images have "
-            f"{shortened(foreign) or 'none'}"
+            f"the network was trained on other classes than the images have: {'; '.join(only)}"
         )
     if len(names) != network.classes:
         raise DataError(

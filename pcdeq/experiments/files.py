@@ -6,6 +6,7 @@ databases and editors; see the man page of rename(2)).
 """
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,6 +48,31 @@ def write_whole(path: Path, data: bytes, *, obsolete: Path | None = None) -> Non
     except OSError as error:
         message = f"{path} cannot be written ({error.strerror}); what was there before is intact"
         raise RunError(message) from None
+
+
+def check_writable(folder: Path) -> None:
+    """Refuses a folder, there or not, in which no file could be written; makes nothing.
+
+    Raises:
+        ValueError: with one sentence for the user.
+    """
+    for place in (folder, *folder.absolute().parents):
+        try:
+            mode = os.stat(place).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            if place.is_symlink():
+                raise ValueError(
+                    f"{folder} cannot be written: {place} is a link to what is not there"
+                ) from None
+            continue
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{str(folder)!r} cannot be written: {reason}") from None
+        if not stat.S_ISDIR(mode):
+            raise ValueError(f"{folder} cannot be written: {place} is not a folder")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise ValueError(f"{folder} cannot be written: no permission to write in {place}")
+        return
 
 
 def lock(file: BinaryIO | int, *, wait: bool = False) -> bool:

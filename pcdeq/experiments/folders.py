@@ -1,15 +1,17 @@
 """Anyone's images: a folder for each class, read once, by several threads."""
 
 import os
+import sys
 import warnings
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from pcdeq.experiments.errors import DataError, shortened
@@ -50,9 +52,10 @@ class _Folder(datasets.ImageFolder):
     """torchvision's, but for hidden folders, which are no classes."""
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        classes = [name for name in super().find_classes(directory)[0] if name[0] != "."]
+        folders = (entry.name for entry in os.scandir(directory) if entry.is_dir())
+        classes = sorted(name for name in folders if name[0] != ".")
         if not classes:
-            raise FileNotFoundError("it holds no class but hidden folders")
+            raise FileNotFoundError("it holds no folder of a class")
         for name in classes:  # torchvision takes one that cannot be read for an empty one
             if not os.access(os.path.join(directory, name), os.R_OK | os.X_OK):
                 raise FileNotFoundError(f"no permission to read {name}")
@@ -65,10 +68,24 @@ def _list_images(folder: Path) -> datasets.ImageFolder:
             f"{folder} is not there: --image-folder DIR reads DIR/train/<class>/* and "
             "DIR/test/<class>/*"
         )
+    others = []
+
+    def is_image(path: str) -> bool:
+        if any(part[0] == "." for part in Path(path).relative_to(folder).parts):
+            return False  # hidden, as what macOS and notebooks leave
+        if not path.lower().endswith(IMG_EXTENSIONS):
+            others.append(path)
+        return path.lower().endswith(IMG_EXTENSIONS)
+
+    endings = f"images end in {', '.join(IMG_EXTENSIONS)}"
     try:
-        return _Folder(str(folder))
+        listed = _Folder(str(folder), is_valid_file=is_image)
     except FileNotFoundError as error:  # no class, or a class without images
-        raise DataError(f"{folder}: {error}") from error
+        raise DataError(f"{folder}: {str(error).strip(' .')} ({endings})") from error
+    if others:
+        count = f"{len(others):,} other file" + "s" * (len(others) > 1)
+        print(f"{folder}: {count} left out, as {others[0]}: {endings}", file=sys.stderr)
+    return listed
 
 
 def _decode(listed: datasets.ImageFolder, shape: tuple[int, int, int]) -> Labelled:
@@ -80,10 +97,15 @@ def _decode(listed: datasets.ImageFolder, shape: tuple[int, int, int]) -> Labell
         try:
             with Image.open(path) as file:
                 if file.mode[0] in "IF":  # 16 and 32 bits: PIL would clip all above 255
-                    raise ValueError(f"it has more than 8 bits a channel (mode {file.mode})")
+                    raise ValueError(
+                        f"it has more than 8 bits a channel (mode {file.mode}): convert it to 8"
+                    )
                 image = file.convert("L" if channels == 1 else "RGB")
         except Exception as error:  # PIL's decoders raise whatever they meet
-            raise DataError(f"{path} cannot be read as an image: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            if isinstance(error, UnidentifiedImageError):
+                reason = "PIL knows no such format"
+            raise DataError(f"{path} cannot be read as an image: {reason}") from error
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         images[index] = np.asarray(image).reshape(height, width, channels)

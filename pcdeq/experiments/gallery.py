@@ -13,6 +13,7 @@ from pcdeq.experiments.convergence import history
 from pcdeq.experiments.curves import distinct, run_figures
 from pcdeq.experiments.data import ImageSet, test_set
 from pcdeq.experiments.figures import convergence_figure, robustness_figure
+from pcdeq.experiments.files import check_writable
 from pcdeq.experiments.flags import (
     add_data,
     add_help,
@@ -51,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     check_identity(parser, flags)
     flags.out = Path(flags.out)
+    try:
+        check_writable(flags.out)
+    except ValueError as error:
+        parser.error(str(error))
     folders = [run for run in flags.runs if run.is_dir()]
     if flags.eps and len(folders) == len(flags.runs):
         parser.error("--eps is for checkpoints: name best.pth or last.pth in the folder")

@@ -83,8 +83,12 @@ def _cifar(root: Path) -> Genuine:
 SOURCES: dict[str, Callable[[Path], Genuine]] = {"mnist": _mnist, "svhn": _svhn, "cifar": _cifar}
 
 
-def genuine(source: Genuine) -> tuple[Labelled, Labelled]:
+def genuine(source: Genuine, instead: str = "") -> tuple[Labelled, Labelled]:
     """The training and the test set.
+
+    Args:
+        source: one of ``SOURCES``, of a folder.
+        instead: "or …", what else can be done where they cannot be had.
 
     Raises:
         DataError: a file is damaged, or absent and not to be downloaded.
@@ -108,9 +112,8 @@ def genuine(source: Genuine) -> tuple[Labelled, Labelled]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip("<>")
         raise DataError(
             f"{source.title} is not in {wanted[0].parent} and cannot be downloaded ({reason}): "
-            f"put {names} there (from {source.url}), name with --data-root the folder that has "
-            f"{wanted[0].relative_to(source.root)}, or give --sample where a script has it (MNIST "
-            "digits, no download)"
+            f"put {names} there (from {source.url}), or name with --data-root the folder that has "
+            f"{wanted[0].relative_to(source.root)}{instead and ', '}{instead}"
         ) from error
 
 

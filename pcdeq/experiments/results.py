@@ -89,8 +89,10 @@ def read_results(directory: str | Path) -> list[Result]:
 
     Raises:
         RunError: a file there is no result.
+        OSError: the directory is there, but cannot be read.
     """
-    paths = Path(directory).glob("*.json")
+    inside = Path(directory).iterdir() if Path(directory).exists() else ()
+    paths = [path for path in inside if path.suffix == ".json"]
     order = list(RECIPES)
     return sorted(map(_read, paths), key=lambda r: (order.index(r.row), not r.genuine, r.seed))
 

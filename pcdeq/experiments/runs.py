@@ -17,7 +17,6 @@ import csv
 import io
 import json
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -28,7 +27,7 @@ import torch
 
 from pcdeq.experiments.config import FLAGS, RunConfig, differences
 from pcdeq.experiments.errors import RunError
-from pcdeq.experiments.files import make_and_lock, temporary, write_whole
+from pcdeq.experiments.files import check_writable, make_and_lock, temporary, write_whole
 from pcdeq.experiments.parallel import position
 from pcdeq.weights import CheckpointError, read_checkpoint
 
@@ -57,7 +56,7 @@ def check_folder(config: RunConfig) -> None:
     folder = config.folder
     if config.resume and config.overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
-    _check_writable(folder)
+    check_writable(folder)
     if not any((folder / name).exists() for name in (METRICS, BEST, LAST)):
         if others := sorted(folder.glob(f"*/{CONFIG}")):
             raise ValueError(f"{folder} holds runs ({others[0].parent}): name another folder")
@@ -74,35 +73,15 @@ def check_folder(config: RunConfig) -> None:
         try:
             old = read_config(folder)
         except RunError as error:
-            raise RunError(
-                f"{error}; with that file removed, --resume goes on from {LAST} alone"
-            ) from None
+            way_out = f"; with that file removed, --resume goes on from {LAST} alone"
+            readable = os.access(folder / CONFIG, os.R_OK)  # then it is damaged
+            raise RunError(f"{error}{way_out * readable}") from None
         different = differences(old, config.identity())
         if config.epochs < old.get("epochs", 0):
             fewer = f"-epochs {config.epochs} (was {old['epochs']}, and may only be raised)"
             different += ", " * bool(different) + fewer
         if different:
             raise ValueError(f"--resume continues {folder} with the same flags, but: {different}")
-
-
-def _check_writable(folder: Path) -> None:
-    for place in (folder, *folder.absolute().parents):
-        try:
-            mode = os.stat(place).st_mode
-        except FileNotFoundError:
-            if place.is_symlink():
-                raise ValueError(
-                    f"{folder} cannot be written: {place} is a link to what is not there"
-                ) from None
-            continue
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ValueError(f"{str(folder)!r} cannot be written: {reason}") from None
-        if not stat.S_ISDIR(mode):
-            raise ValueError(f"{folder} cannot be written: {place} is not a folder")
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise ValueError(f"{folder} cannot be written: no permission to write in {place}")
-        return
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -115,7 +94,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"{path} cannot be read: {reason}") from None
     kinds = {"epochs": int, "earlier": list}
     if (
         not isinstance(config, dict)

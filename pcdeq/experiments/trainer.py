@@ -80,7 +80,8 @@ class Trainer:
                 solve = getattr(block.deq, f"{direction}_solve")
                 if not math.isfinite(solve.residual):
                     raise FloatingPointError(
-                        f"the {direction} solve of {name} is not finite: a smaller -lr may help"
+                        f"the {direction} solve of {name} is not finite: a smaller -lr or -wd may "
+                        "help"
                     )
 
     def epoch(self, epoch: int, after_step: Callable[[], None] = lambda: None) -> dict[str, float]:

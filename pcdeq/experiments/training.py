@@ -94,9 +94,13 @@ def train(config: RunConfig) -> RunResult:
             say(f"note: solves end at {ends:g}, as --tol {config.tol:g} is beyond their precision")
         if checkpoint and not (run.folder / BEST).exists():
             say(f"{BEST} is gone: the first epoch that is better than all before writes it again")
-        if config.milestone >= config.epochs:
-            say(f"note: the learning rate never falls: -m {config.milestone} is not below -epochs")
         if len(result.rows) < config.epochs:
+            if config.milestone >= config.epochs:
+                never = f"-m {config.milestone} is not below -epochs"
+                say(f"note: the learning rate never falls: {never}")
+            if (run.folder / CERTIFICATES).exists():
+                again = "; --certify proves the new ones" * (not config.certify)
+                say(f"note: {CERTIFICATES}, of older weights, goes with the next epoch{again}")
             say(HEADER)
         with Signals() as signals:
             for epoch in range(len(result.rows) + 1, config.epochs + 1):
