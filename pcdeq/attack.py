@@ -12,7 +12,8 @@ from pcdeq.rates import per_sample
 
 class Attack(NamedTuple):
     """The worst that an attack found: ``points`` (B, …) of the boxes and their ``margin``
-    (B,), the logit of the target less the largest other one; negative where the class changed."""
+    (B,), the logit of the target less the largest other one; negative where the class changed, −∞
+    where a logit was NaN."""
 
     points: Tensor
     margin: Tensor
@@ -47,10 +48,11 @@ def attack(
         for step in range(steps + 1):
             points = points.detach().requires_grad_(step < steps)
             margin = _margin(model(points), target)
-            lower_margin = ~(margin.detach() >= worst.margin)  # NaN is no margin either
+            reached = torch.where(margin.isnan(), -torch.inf, margin).detach()  # no class is told
+            worse = reached < worst.margin
             worst = Attack(
-                torch.where(per_sample(lower_margin, points), points.detach(), worst.points),
-                torch.where(lower_margin, margin.detach(), worst.margin),
+                torch.where(per_sample(worse, points), points.detach(), worst.points),
+                torch.where(worse, reached, worst.margin),
             )
             if step < steps:
                 (gradient,) = torch.autograd.grad(margin.sum(), points)

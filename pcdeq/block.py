@@ -24,6 +24,11 @@ class PcDEQ(nn.Module):
 
     After each optimizer step, call ``project`` (or ``register_projection`` once).
 
+    Args:
+        W: the nonnegative linear map.
+        activation: name of σ.
+        options: ``solver``, ``precision``, ``tol``, ``max_iter`` of ``Equilibrium``.
+
     Attributes:
         activation: σ.
         deq: the ``Equilibrium``, with the figures of its last solves.
@@ -40,6 +45,7 @@ class PcDEQ(nn.Module):
 
     @property
     def activation(self) -> Activation:
+        """σ."""
         return self.deq.f.activation
 
     def extra_repr(self) -> str:

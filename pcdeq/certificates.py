@@ -25,7 +25,7 @@ from pcdeq.modes import evaluating
 from pcdeq.rates import RATE_STEPS, largest, predicted_iterations, rate_bounds
 
 
-@dataclass
+@dataclass(eq=False)  # tensors have no one truth value
 class Certificate:
     """What is proved of one block for one batch of B inputs.
 

@@ -218,7 +218,8 @@ class _WeightNorm(torch.autograd.Function):
     """W = g·v/‖v‖ by rows, with its gradient (Salimans and Kingma, 2016).
 
     Plain weight normalisation gives NaN for a row v = 0, which a projection can produce: here such
-    a row gives W = 0 and no gradient.
+    a row gives W = 0 and no gradient. So does one whose norm the dtype cannot hold (in float32
+    below 1e-23 or above 1e19, which training does not come near).
     """
 
     @staticmethod

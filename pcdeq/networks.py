@@ -8,6 +8,7 @@ authors' networks: one seed gives the same parameters, and state dicts agree key
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -238,7 +239,7 @@ def check_network(
     Raises:
         ValueError: one sentence that says what is wrong and what there is instead.
     """
-    if name not in NETWORKS:
+    if name not in tuple(NETWORKS):
         raise ValueError(f"unknown network {name!r}: choose from {', '.join(NETWORKS)}")
     if activation not in allowed(variant_of(name)):
         raise ValueError(
@@ -252,8 +253,8 @@ def check_network(
         raise ValueError(
             f"augmentation is for the multi_conv networks on cifar, not for {name} on {dataset}"
         )
-    if classes < 2:
-        raise ValueError(f"a classifier needs at least 2 classes, not {classes}")
+    if not isinstance(classes, Integral) or classes < 2:
+        raise ValueError(f"a classifier needs at least 2 classes, not {classes!r}")
 
 
 def check_dataset(name: str) -> None:
@@ -262,5 +263,5 @@ def check_dataset(name: str) -> None:
     Raises:
         ValueError: the sentence says which there are.
     """
-    if name not in DATASETS:
+    if name not in tuple(DATASETS):
         raise ValueError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")

@@ -27,7 +27,7 @@ from torch.nn.modules.utils import _pair
 
 from pcdeq.block import PcDEQ, PcDEQConv2d, PcDEQLinear
 from pcdeq.checks import check_tensor
-from pcdeq.enclosures import UNIT, Operator, enclose, full_float32, product
+from pcdeq.enclosures import SMALLEST, UNIT, Operator, enclose, full_float32, product
 
 SLACK = 1e-9  # margins above it are proved: far above what is left of rounding in their last sums
 INJECTION_ERROR = 1e-12  # relative, of softplus in float64: above what was measured, 6e-14
@@ -98,7 +98,10 @@ def robust(model: nn.Sequential, lower: Tensor, upper: Tensor, target: Tensor) -
 
 @torch.no_grad()
 def logit_bounds(model: nn.Sequential, lower: Tensor, upper: Tensor) -> Box:
-    """Bounds on each logit over each box; arguments as for ``robust``."""
+    """Bounds on each logit over each box; arguments and errors as for ``robust``.
+
+    They are −∞ and ∞ where nothing is known: a block has a negative weight, or a corner is NaN.
+    """
     _check_corners(lower, upper)
     with full_float32():
         return _walk(list(_layers(model)), lower, upper)
@@ -171,7 +174,9 @@ def _walk(layers: list[nn.Module], lower: Tensor, upper: Tensor) -> Box:
             name, shape = type(layer).__name__, (*box.lower.shape,)
             raise ValueError(f"{name} takes no inputs of shape {shape}")
         box = image(layer, box)
-    return box
+    # NaN is what arithmetic makes of ∞: nothing is known there.
+    lower, upper = box
+    return Box(lower.where(~lower.isnan(), -torch.inf), upper.where(~upper.isnan(), torch.inf))
 
 
 @singledispatch
@@ -234,11 +239,14 @@ def _(layer: PcDEQ, box: Box) -> Box:
         # The stored layer, in its own dtype, lets no x fall below the least normal number.
         least = torch.finfo(layer.deq.dtype).tiny
         lower = (lower * (1 - INJECTION_ERROR)).clamp_(min=least)
-        upper = (upper * (1 + INJECTION_ERROR)).clamp_(min=least)
+        lower = lower.where(~(lower < SMALLEST), 0)  # of a float64 layer: 0 is below, and safe
+        upper = (upper * (1 + INJECTION_ERROR)).clamp_(min=max(least, SMALLEST))
+    vectors = operator.weight.dim() == 2
+    if vectors:
+        lower, upper = (t.reshape(-1, t.shape[-1]) for t in (lower, upper))
     # Vectors are cheap enough to be enclosed to the last digits.
-    tol = 1e-12 if operator.weight.dim() == 2 else 1e-4
-    found = enclose(operator, lower, upper, tol=tol)
-    return Box(found.lower, found.upper)
+    found = enclose(operator, lower, upper, tol=1e-12 if vectors else 1e-4)
+    return Box(found.lower.view(box.lower.shape), found.upper.view(box.lower.shape))
 
 
 @image.register(nn.MaxPool2d)

@@ -56,7 +56,8 @@ def picard(
             the solver's, to be written to, and not to be kept or returned again. On a GPU a
             ``functools.partial`` of positional arguments is replayed. Its function must depend on
             its arguments alone; those that are no tensors are hashable, and the first tensor is of
-            the kind of z.
+            the kind of z. Nothing is recorded for a gradient: where f's tensors require one, solve
+            under ``torch.no_grad``.
         z: the start, any shape with the batch in front, or ``None`` for the origin.
         tol: relative tolerance of the stopping rule.
         max_iter: largest number of evaluations; where it is reached, ``converged`` is false.
@@ -94,7 +95,8 @@ class Before(NamedTuple):
 
 
 # How an evaluation leads to the next z: f(z), r, before ↦ z, before, and a tensor whose memory the
-# next residual may take, as fresh memory costs more than the subtraction.
+# next residual may take, as fresh memory costs more than the subtraction. The first time `before`
+# is None, or, where iterations are recorded, a `Before` of zeros: the step is then the plain one.
 Mix = Callable[[Tensor, Tensor, Before | None], tuple[Tensor, Before | None, Tensor | None]]
 
 
@@ -242,8 +244,8 @@ def _recorded(
     """As ``_iterations``, of tensors that stay: z and before become those of the next call."""
     start = z, before_fz, before_r, before_square
     evaluations, norms, z, before = _iterations(n, partial(f, *args), z, mix, Before(*start[1:]))
-    for old, new in zip(start, (z, *before), strict=True):
-        if old is not None:
+    for old, new in zip(start, (z, *(before or start[1:])), strict=True):
+        if old is not None and old is not new:
             old.copy_(new)
     return evaluations, norms
 

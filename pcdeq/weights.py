@@ -214,7 +214,14 @@ def _load_state(model: Network, content: dict, path: str | os.PathLike) -> None:
     mine = model.state_dict()
     missing, foreign = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
     shapes = [key for key in mine.keys() & state.keys() if mine[key].shape != state[key].shape]
-    faults = {"lacks": missing, "has an unknown": foreign, "has another shape of": shapes}
+    real = {key for key, value in mine.items() if value.is_floating_point()}
+    whole = [key for key in real & state.keys() if not state[key].is_floating_point()]
+    faults = {
+        "lacks": missing,
+        "has an unknown": foreign,
+        "has another shape of": shapes,
+        "has only whole numbers for": whole,
+    }
     for what, keys in faults.items():
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
@@ -222,9 +229,11 @@ def _load_state(model: Network, content: dict, path: str | os.PathLike) -> None:
                 f"{path} is for another network than {_sentence(describe(model))}: "
                 f"it {what} {min(keys)}{more}"
             )
-    if broken := [key for key, value in state.items() if not value.double().isfinite().all()]:
-        raise CheckpointError(f"{path} is of no use: its {min(broken)} is not finite")
-    model.load_state_dict(state)
+    loaded = {key: value.to(mine[key].dtype) for key, value in state.items()}
+    if broken := [key for key, value in loaded.items() if not value.isfinite().all()]:
+        dtype = str(mine[min(broken)].dtype).removeprefix("torch.")
+        raise CheckpointError(f"{path} is of no use: its {min(broken)} is not finite in {dtype}")
+    model.load_state_dict(loaded)
     model.class_names = tuple(content.get("class_names", ())) if "model" in content else ()
 
 

@@ -49,7 +49,7 @@ def test_an_attack_in_inference_mode_is_the_same():
     model, (x, labels) = network("linear_pcdeq_1", "tanh"), (part[:5] for part in digits()[2:])
     expected = attack(model, x, x - 0.1, x + 0.1, labels, steps=3)
     with torch.inference_mode():
-        found = attack(model, x * 1, x - 0.1, x + 0.1, labels, steps=3)
+        found = attack(model, x * 1, x - 0.1, x + 0.1, labels * 1, steps=3)
         assert (x * 1).is_inference() and torch.is_inference_mode_enabled()
     assert torch.equal(found.margin, expected.margin)
     assert torch.equal(found.points, expected.points)
@@ -85,6 +85,24 @@ def test_the_attack_takes_no_gradient_of_the_weights(monkeypatch):
     assert wanted and all(parameter.requires_grad for parameter in wanted)
     with pytest.raises(ValueError, match="steps must be a whole number from 1 on, not 0"):
         attack(model, images, images, images, labels, steps=0)
+
+
+class Margins(nn.Module):
+    """Two logits whose first is larger by the next of some margins, whatever comes in."""
+
+    def __init__(self, margins):
+        super().__init__()
+        self.margins = iter(margins)
+
+    def forward(self, x):
+        return torch.cat([next(self.margins) + 0 * x, 0 * x], 1)
+
+
+def test_what_was_broken_stays_broken_behind_nan():
+    x = torch.zeros(1, 1)
+    for margins, least in ((1, -1, torch.nan, 2), -torch.inf), ((1, -1, 3, 2), -1.0):
+        found = attack(Margins(margins), x, x - 1, x + 1, torch.tensor([0]), steps=3)
+        assert found.margin.item() == least
 
 
 def test_an_attack_that_meets_nan_has_broken_the_network():

@@ -49,6 +49,19 @@ def test_public_names_are_documented():
             assert value.__doc__ and value.__doc__.strip(), name
 
 
+def public(node: ast.AST) -> list[ast.AST]:
+    """Public classes, functions and methods, whose code others may read first."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    found = [n for n in node.body if isinstance(n, kinds) and not n.name.startswith("_")]
+    return found + [n for kind in found if isinstance(kind, ast.ClassDef) for n in public(kind)]
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: file.stem)
+def test_whatever_is_public_is_documented(file):
+    for node in public(ast.parse(file.read_text(encoding="utf-8"))):
+        assert ast.get_docstring(node) or node.name == "extra_repr", node.name
+
+
 def imported(file: Path) -> set[str]:
     """The modules of the package that a file imports, wherever in it."""
     names = set()

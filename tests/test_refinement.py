@@ -42,6 +42,17 @@ def test_refinement_meets_the_full_rule_with_few_full_evaluations(solver, rho, s
     assert solve.full <= 4
 
 
+def test_a_correction_that_cannot_be_solved_is_dropped():
+    f = slow(0.9, dtype=torch.float32)
+    low = f.to(torch.bfloat16)
+    rule = {"tol": 1e-5, "max_iter": 300}
+    both = at(f, low, lambda fz, r: lambda v: 2 * v + r)  # no contraction
+    solve = refine(both, None, solver=picard, dtype=torch.float32, **rule)
+    rough = picard(low, None, tol=2**-8, max_iter=299).z.float()
+    assert solve.converged and solve.full == f.calls
+    assert solve.full == 1 + picard(f, f(rough), **rule).iterations
+
+
 def test_refinement_counts_evaluations_of_both_precisions():
     f = slow(0.9, dtype=torch.float32)
     low, tangents = f.to(torch.bfloat16), []

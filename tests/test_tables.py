@@ -151,9 +151,10 @@ def test_text_goes_between_the_markers_and_nowhere_else(tmp_path):
     for changed in (True, False):
         assert write_between(readme, "new ±\n") == changed
         assert readme.read_text(encoding="utf-8") == f"before\n{BEGIN}\nnew ±\n{END}\nafter\n"
-    for damaged in (f"{END}\n{BEGIN}", BEGIN, "nothing"):
+    twice = f"{BEGIN}\na\n{END}\n" * 2
+    for damaged in (f"{END}\n{BEGIN}", BEGIN, "nothing", twice, f"{END}{BEGIN}\na\n{END}"):
         readme.write_text(damaged)
-        with pytest.raises(RunError, match="lacks the markers"):
+        with pytest.raises(RunError, match="lacks the one pair of markers"):
             write_between(readme, "new")
         assert readme.read_text() == damaged
 

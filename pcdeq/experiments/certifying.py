@@ -80,20 +80,23 @@ def _summary(part: list[dict]) -> dict[str, Any]:
     def all_of(name: str) -> list[float]:
         return [value for figures in part for value in figures[name]]
 
+    def of(statistic: Callable[[list[float]], float], values: list[float]) -> float:
+        return math.nan if any(map(math.isnan, values)) else statistic(values)
+
     reasons = Counter(figures["reason"] for figures in part if not figures["holds"])
     summary = {
         "block": part[0]["name"],
         "images": len(all_of("width")),
         "holds": not reasons,
         "reasons": dict(reasons),
-        "smallest_weight": min(figures["smallest_weight"] for figures in part),
-        "smallest_injected": min(figures["smallest_injected"] for figures in part),
-        "rate_median": [statistics.median(all_of(f"rate_{end}")) for end in ("lower", "upper")],
-        "rate_worst": max(all_of("rate_upper")),
+        "smallest_weight": of(min, [figures["smallest_weight"] for figures in part]),
+        "smallest_injected": of(min, [figures["smallest_injected"] for figures in part]),
+        "rate_median": [of(statistics.median, all_of(f"rate_{end}")) for end in ("lower", "upper")],
+        "rate_worst": of(max, all_of("rate_upper")),
         "rate_steps": RATE_STEPS,
-        "width": max(all_of("width")),
-        "error": max(all_of("error")),
-        "predicted": max(all_of("predicted")),
+        "width": of(max, all_of("width")),
+        "error": of(max, all_of("error")),
+        "predicted": of(max, all_of("predicted")),
         "observed": max(figures["observed"] for figures in part),
     }
     return {name: _plain(value) for name, value in summary.items()}

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from pcdeq.activations import allowed
 from pcdeq.experiments.config import RunConfig
 from pcdeq.experiments.errors import RunError
 from pcdeq.experiments.flags import (
@@ -147,6 +148,11 @@ def _sentence(error: Exception) -> str:
     return ""
 
 
+def _allowed(variant: int) -> str:
+    default, *others = allowed(variant)
+    return ", ".join([f"{default} (default)", *others])
+
+
 def _networks(dataset: str) -> list[str]:
     return list(dict.fromkeys(row.net for row in ROWS if row.dataset == dataset))
 
@@ -167,7 +173,7 @@ def _parser(dataset: str, augmentation: bool) -> argparse.ArgumentParser:
     recipe("-net", "--network", dest="net", metavar="NET",
            help=f"required: {', '.join(nets)}")
     recipe("-activ", "--activation", dest="activation", metavar="NAME",
-           help="pcDEQ-1: tanh (default), softsign, relu6; pcDEQ-2: sigmoid (default)")
+           help="; ".join(f"pcDEQ-{variant}: {_allowed(variant)}" for variant in (1, 2)))
     recipe("-lr", "--learning-rate", dest="lr", metavar="X", type=rate,
            help="AdamW's learning rate (default: %(default)s)")
     recipe("-epochs", "--epochs", metavar="N", type=count,

@@ -98,7 +98,8 @@ class Processes:
     def wrap(self, network: nn.Module) -> nn.Module:
         """The network as the training calls it: itself, or with its gradients averaged.
 
-        On CUDA its batch norms are replaced by synchronised ones, in place and under their names.
+        On CUDA its batch norms are replaced by torch's synchronised ones, in place and under their
+        names: with precision "bf16" these, unlike ``normalisation.BatchNorm2d``, end in bfloat16.
         On the CPU, where torch has none, each process normalises its part by itself.
         """
         if self.world == 1:

@@ -72,10 +72,12 @@ class Result:
 
     @property
     def genuine(self) -> bool:
+        """Whether it is of the data set itself: not of the sample, nor of someone's folders."""
         return self.data == "torchvision"
 
     @property
     def whole(self) -> bool:
+        """Whether all epochs of the recipe were run."""
         return self.epochs_run >= self.epochs
 
     @property

@@ -43,6 +43,7 @@ class Job:
 
     @property
     def log(self) -> Path:
+        """Where its output goes."""
         return self.folder.with_name(self.folder.name + ".log")
 
 

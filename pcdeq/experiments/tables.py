@@ -119,9 +119,11 @@ class Line:
 
     @property
     def marked(self) -> bool:
+        """Whether a result in it is not of a whole run on the genuine data."""
         return any(not (result.genuine and result.whole) for result in self.results)
 
     def last(self) -> list[float]:
+        """Test accuracies after the last epoch, in percent, one a result."""
         return [result.test_acc[-1] for result in self.results]
 
 
@@ -269,8 +271,8 @@ def write_between(path: str | Path, text: str) -> bool:
     old = path.read_text(encoding="utf-8")
     before, begin, rest = old.partition(BEGIN)
     _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise RunError(f"{path} lacks the markers between which the tables stand: {BEGIN} … {END}")
+    if not (begin and end) or old.count(BEGIN) + old.count(END) > 2:
+        raise RunError(f"{path} lacks the one pair of markers for the tables: {BEGIN} … {END}")
     new = f"{before}{begin}\n{text}{end}{after}"
     if new != old:
         write_whole(path, new.encode())
