@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from truth import (
+    SLOPE,
     apply_exactly,
     block_of,
     dense,
@@ -144,6 +145,16 @@ def test_candidates_from_anywhere_do(off, monkeypatch):
         check_enclosure(block, x, tol=1e-13)
         found = enclose(Operator(block.deq.f), x, tol=1e-13)
         assert (found.upper - found.lower).max() < 1e-10
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_slope_is_between_its_roundings(activation):
+    """From where nothing is left of σ' but its rounding to where it underflows."""
+    operator = Operator(block_of(torch.tensor([[1.0]]), activation, torch.float64).deq.f)
+    for s in 10.0 ** torch.arange(-12, 2.6, 0.02).double():
+        true = SLOPE[activation](mpmath.mpf(s.item()), False)
+        high, low = (mpmath.mpf(operator.slope(s, side).item()) for side in (1, -1))
+        assert low <= true <= high and high - low < 1e-12
 
 
 @pytest.mark.parametrize("stride, padding, size", [(1, 1, 3), (2, 0, 3), (2, 1, 3), (1, 0, 1)])

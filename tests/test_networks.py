@@ -128,10 +128,17 @@ def test_what_is_no_network_of_the_paper_is_refused(arguments, message):
             NETWORKS[arguments[0]](*arguments[1:])
 
 
-@pytest.mark.parametrize("classes", [1, 0, -3])
+@pytest.mark.parametrize("classes", [1, 0, -3, 2.5, "10", None])
 def test_a_classifier_of_fewer_than_two_classes_is_refused(classes):
-    with pytest.raises(ValueError, match=f"at least 2 classes, not {classes}"):
+    with pytest.raises(ValueError, match=f"at least 2 classes, not {classes!r}"):
         small(classes=classes)
+
+
+def test_names_that_are_no_text_are_unknown():
+    with pytest.raises(ValueError, match="unknown network"):
+        build_network(["linear_pcdeq_1"], "tanh")
+    with pytest.raises(ValueError, match="unknown data set"):
+        build_network("linear_pcdeq_1", "tanh", ["mnist"])
 
 
 def test_wrong_solver_options_are_refused():
