@@ -61,6 +61,19 @@ def test_weights_that_are_not_finite_are_refused(value, save, tmp_path):
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("save", [ours, authors])
+def test_weights_that_are_finite_in_another_dtype_alone_are_refused(save, tmp_path):
+    model = build_network("linear_pcdeq_1", "tanh")
+    broken = build_network("linear_pcdeq_1", "tanh").double()
+    broken.classifier.bias.data[3] = 1e300
+    with pytest.raises(CheckpointError, match=r"classifier\.bias is not finite in float32"):
+        load_weights(model, save(broken, tmp_path / "best.pth"))
+    whole = {k: v.long() if k == "classifier.bias" else v for k, v in model.state_dict().items()}
+    torch.save(whole, tmp_path / "whole.pth")
+    with pytest.raises(CheckpointError, match=r"only whole numbers for classifier\.bias$"):
+        load_weights(model, tmp_path / "whole.pth")
+
+
 def test_the_augmented_network(tmp_path):
     model = perturbed("multi_conv_pcdeq_2", "sigmoid", "cifar", augment=True)
     assert describe(load_network(ours(model, tmp_path / "a"))) == describe(model)

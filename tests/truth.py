@@ -174,3 +174,8 @@ def around(images, radius):
     """The corners of boxes of that radius, in float64."""
     images = images.double()
     return (images - radius).clamp(0, 1), (images + radius).clamp(0, 1)
+
+
+def few(count: int) -> data.ImageSet:
+    """The first shipped test digits, as a set."""
+    return data.load("mnist", sample=True)[1].some(count)
