@@ -28,6 +28,7 @@ from torch.nn.modules.utils import _pair
 from pcdeq.block import PcDEQ, PcDEQConv2d, PcDEQLinear
 from pcdeq.checks import check_tensor
 from pcdeq.enclosures import SMALLEST, UNIT, Operator, enclose, full_float32, product
+from pcdeq.modes import evaluating
 
 SLACK = 1e-9  # margins above it are proved: far above what is left of rounding in their last sums
 INJECTION_ERROR = 1e-12  # relative, of softplus in float64: above what was measured, 6e-14
@@ -79,11 +80,11 @@ def robust(model: nn.Sequential, lower: Tensor, upper: Tensor, target: Tensor) -
     known = (target >= 0) & (target < classifier.out_features)
     if target.dtype != torch.int64 or not known.all():
         raise ValueError(f"targets must be int64 classes from 0 to {classifier.out_features - 1}")
-    with full_float32():
+    with evaluating(model), full_float32():
         centre, radius = _walk(features, lower, upper).centred()  # (B, n)
+        weight, bias = _double(classifier)
     if centre.shape[1:] != (classifier.in_features,):
         raise ValueError(f"the last Linear takes no inputs of shape {(*centre.shape,)}")
-    weight, bias = _double(classifier)
     target = target.to(weight.device).view(-1, 1)  # (B, 1)
     # The classes' rows are subtracted first: what moves two logits together is no threat.
     rows = weight[target] - weight  # (B, K, n)
@@ -103,8 +104,9 @@ def logit_bounds(model: nn.Sequential, lower: Tensor, upper: Tensor) -> Box:
     They are −∞ and ∞ where nothing is known: a block has a negative weight, or a corner is NaN.
     """
     _check_corners(lower, upper)
-    with full_float32():
-        return _walk(list(_layers(model)), lower, upper)
+    layers = list(_layers(model))
+    with evaluating(model), full_float32():
+        return _walk(layers, lower, upper)
 
 
 def _layers(model: nn.Sequential) -> Iterator[nn.Module]:

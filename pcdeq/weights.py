@@ -115,7 +115,7 @@ def load_weights(model: Network, path: str | os.PathLike) -> None:
         mine, theirs = _identity(describe(model), path), _identity(content, path)
         if mine != theirs:
             raise CheckpointError(f"{path} holds {_sentence(theirs)}, not {_sentence(mine)}")
-    _load_state(model, content, path)
+    load_state(model, content, path)
 
 
 def load_network(
@@ -179,7 +179,7 @@ def load_network(
     except ValueError as error:
         raise CheckpointError(f"{path} holds no network of this collection: {error}") from error
     model = build_network(*identity, **solver_options)
-    _load_state(model, content, path)
+    load_state(model, content, path)
     return model.eval()
 
 
@@ -209,19 +209,22 @@ def _identity(content: dict, path: str | os.PathLike) -> dict:
     return identity
 
 
-def _load_state(model: Network, content: dict, path: str | os.PathLike) -> None:
+def load_state(model: Network, content: dict, path: str | os.PathLike) -> None:
+    """Puts what was read from a file into a network of its kind: weights and names of classes.
+
+    Args:
+        model: the network; unchanged where the weights are refused.
+        content: what ``read_checkpoint`` gives.
+        path: of the file, for messages.
+
+    Raises:
+        CheckpointError: names or shapes are another network's, or values are not finite.
+    """
     state = content.get("model", content)
     mine = model.state_dict()
     missing, foreign = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
     shapes = [key for key in mine.keys() & state.keys() if mine[key].shape != state[key].shape]
-    real = {key for key, value in mine.items() if value.is_floating_point()}
-    whole = [key for key in real & state.keys() if not state[key].is_floating_point()]
-    faults = {
-        "lacks": missing,
-        "has an unknown": foreign,
-        "has another shape of": shapes,
-        "has only whole numbers for": whole,
-    }
+    faults = {"lacks": missing, "has an unknown": foreign, "has another shape of": shapes}
     for what, keys in faults.items():
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
@@ -229,12 +232,16 @@ def _load_state(model: Network, content: dict, path: str | os.PathLike) -> None:
                 f"{path} is for another network than {_sentence(describe(model))}: "
                 f"it {what} {min(keys)}{more}"
             )
+    real = (key for key, value in mine.items() if value.is_floating_point())
+    if whole := [key for key in real if not state[key].is_floating_point()]:
+        raise CheckpointError(f"{path} is of no use: its {min(whole)} holds whole numbers")
     loaded = {key: value.to(mine[key].dtype) for key, value in state.items()}
     if broken := [key for key, value in loaded.items() if not value.isfinite().all()]:
         dtype = str(mine[min(broken)].dtype).removeprefix("torch.")
         raise CheckpointError(f"{path} is of no use: its {min(broken)} is not finite in {dtype}")
     model.load_state_dict(loaded)
-    model.class_names = tuple(content.get("class_names", ())) if "model" in content else ()
+    names = content.get("class_names", model.class_names)  # older checkpoints have none
+    model.class_names = tuple(names) if "model" in content else ()
 
 
 def _sentence(identity: dict) -> str:

@@ -177,11 +177,20 @@ def test_a_run_begun_with_other_options_is_said_before_any_run(tmp_path, monkeyp
     monkeypatch.setattr(reproduce, "_fetch", lambda *_: pytest.fail("data were downloaded"))
     made_up_run(tmp_path / "runs" / f"{LINEAR.name}_seed1", LINEAR, 1, ran=3, solver="anderson")
     words = ["mnist", "--rows", "linear*tanh", "--seeds", "2", "--results", str(tmp_path)]
-    with pytest.raises(RunError, match=r"tanh_seed1 with the same flags, but: --solver picard"):
-        main(ROOT, words)
+    for command in (words, [*words, "--list"]):
+        with pytest.raises(
+            RunError, match=r"with the same flags, but: --solver picard.*; name what"
+        ):
+            main(ROOT, command)
     monkeypatch.setattr(reproduce, "_fetch", lambda *_: None)
     monkeypatch.setattr(reproduce, "run_all", lambda jobs, *_: [])
     main(ROOT, [*words, "--solver", "anderson"])
+
+
+def test_a_pattern_without_a_star_is_told_of_it(capsys):
+    with pytest.raises(SystemExit):
+        main(ROOT, ["mnist", "--rows", "linear"])
+    assert "no row matches 'linear' (is '*linear*' meant?); rows are" in capsys.readouterr().err
 
 
 def test_absent_data_is_said_once_before_any_run(tmp_path, monkeypatch):

@@ -214,6 +214,20 @@ def test_a_parametrized_weight_is_the_one_that_is_used():
         assert torch.equal(ours, theirs)
 
 
+def test_a_weight_that_changes_in_training_stays_as_it_is():
+    torch.manual_seed(3)
+    first = nn.utils.parametrizations.spectral_norm(nn.Linear(5, 6))
+    model = nn.Sequential(
+        first, PcDEQLinear(6), nn.utils.parametrizations.spectral_norm(nn.Linear(6, 3))
+    )
+    before, x = copy.deepcopy(model.state_dict()), torch.rand(7, 5)
+    bounds = [logit_bounds(model, x, x) for _ in range(2)]
+    robust(model, x, x, torch.zeros(7, dtype=torch.int64))
+    assert model.training and first.training
+    assert torch.equal(bounds[0].lower, bounds[1].lower)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_sequences_may_be_nested():
     torch.manual_seed(1)
     flat = nn.Sequential(nn.Linear(5, 6), PcDEQLinear(6), nn.Linear(6, 3)).eval()

@@ -263,6 +263,20 @@ def test_certificates_come_at_the_end_and_a_signal_in_them_loses_nothing(
     assert not (config.folder / runs.CERTIFICATES).exists()
 
 
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [(lambda t: t.long(), "holds whole numbers"), (lambda t: t * math.nan, "is not finite")],
+)
+def test_a_run_does_not_go_on_with_weights_of_no_use(tmp_path, damage, sentence):
+    path = tmp_path / "run" / "last.pth"
+    train(config_of(path.parent, epochs=1))
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["model"]["linear1.weight"] = damage(checkpoint["model"]["linear1.weight"])
+    torch.save(checkpoint, path)
+    with pytest.raises(CheckpointError, match=f"of no use: its linear1.weight {sentence}"):
+        train(config_of(path.parent, epochs=2, resume=True))
+
+
 def test_a_run_does_not_go_on_with_other_images(tmp_path, digits):
     train(config_of(tmp_path / "run", epochs=1))
     state = torch.load(tmp_path / "run" / "last.pth", weights_only=True)["training"]

@@ -19,7 +19,7 @@ from pcdeq.experiments.flags import add_help, add_solver, count, device, folder,
 from pcdeq.experiments.publish import publish
 from pcdeq.experiments.recipes import ROWS, Recipe
 from pcdeq.experiments.results import Result, collect, find_runs, read_results, train_command
-from pcdeq.experiments.runs import check_folder
+from pcdeq.experiments.runs import LAST, check_folder
 from pcdeq.experiments.schedule import Job, run_all, share
 from pcdeq.experiments.tables import (
     TITLES,
@@ -62,7 +62,9 @@ def main(root: Path, argv: Sequence[str] | None = None) -> None:
         if args.dataset in (recipe.dataset, "all", None) and _matches(recipe, args.rows)
     ]
     if not recipes:
-        parser.error(f"no row matches {args.rows!r}; {_names(args.dataset)}")
+        wider = f"*{args.rows}*"
+        meant = f" (is {wider!r} meant?)" if any(_matches(recipe, wider) for recipe in ROWS) else ""
+        parser.error(f"no row matches {args.rows!r}{meant}; {_names(args.dataset)}")
     results = Path(args.results or os.path.relpath(root / "results"))
     own = results.resolve() == root.resolve() / "results"
     if args.collect:
@@ -144,13 +146,13 @@ def _run(
             file=sys.stderr if args.list else sys.stdout,
         )
         return
+    for run in missing:
+        _check(*run, options[run[0]])
     if args.list:
         with contextlib.suppress(BrokenPipeError):  # `| head -1` leaves early
             for job in jobs:
                 print(shlex.join(job.command))
         return
-    for run in missing:
-        _check(*run, options[run[0]])
     _fetch({recipe.dataset for recipe, _, _ in missing}, args)
     threads = share(args.jobs)
     linear = ", the linear ones with 1" * any(job.serial for job in jobs) * (threads > 1)
@@ -216,7 +218,9 @@ def _check(recipe: Recipe, seed: int, folder: Path, options: dict[str, object]) 
     try:
         check_folder(RunConfig(**asdict(recipe), **run, **given))
     except ValueError as error:
-        raise RunError(str(error)) from None
+        begun = (folder / LAST).exists()
+        way_out = "; name what it was begun with, move its folder away, or take other --results"
+        raise RunError(f"{error}{way_out * begun}") from None
 
 
 def _job(recipe: Recipe, seed: int, folder: Path, root: Path, options: dict[str, object]) -> Job:

@@ -22,7 +22,7 @@ from pcdeq.experiments.runs import BEST, CERTIFICATES, LAST, Run, best_of
 from pcdeq.experiments.signals import Signals
 from pcdeq.experiments.trainer import Trainer, progress
 from pcdeq.networks import build_network
-from pcdeq.weights import CheckpointError, describe
+from pcdeq.weights import CheckpointError, describe, load_state
 
 
 @dataclass(frozen=True)
@@ -213,8 +213,8 @@ def _restore(trainer: Trainer, test_set: ImageSet, checkpoint: dict[str, Any], p
                 f"{path} comes from other {kind} images, or from another order of them: go on with "
                 "the same, or begin a new run with another --out"
             )
+    load_state(trainer.network, checkpoint, path)
     try:
-        trainer.network.load_state_dict(checkpoint["model"])
         trainer.optimizer.load_state_dict(checkpoint["training"]["optimizer"])
     except Exception as error:  # of whatever kind: the file is whole, but not one of ours
         raise CheckpointError(f"{path} does not fit this run: {first_line(error)}") from None
