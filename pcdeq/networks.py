@@ -239,7 +239,7 @@ def check_network(
     Raises:
         ValueError: one sentence that says what is wrong and what there is instead.
     """
-    if name not in tuple(NETWORKS):
+    if name not in tuple(NETWORKS):  # a list is no key
         raise ValueError(f"unknown network {name!r}: choose from {', '.join(NETWORKS)}")
     if activation not in allowed(variant_of(name)):
         raise ValueError(

@@ -244,8 +244,8 @@ def _recorded(
     """As ``_iterations``, of tensors that stay: z and before become those of the next call."""
     start = z, before_fz, before_r, before_square
     evaluations, norms, z, before = _iterations(n, partial(f, *args), z, mix, Before(*start[1:]))
-    for old, new in zip(start, (z, *(before or start[1:])), strict=True):
-        if old is not None and old is not new:
+    for old, new in zip(start, (z, *(before or ())), strict=False):  # a mix may need no before
+        if old is not None:
             old.copy_(new)
     return evaluations, norms
 

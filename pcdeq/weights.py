@@ -218,7 +218,7 @@ def load_state(model: Network, content: dict, path: str | os.PathLike) -> None:
         path: of the file, for messages.
 
     Raises:
-        CheckpointError: names or shapes are another network's, or values are not finite.
+        CheckpointError: names or shapes are another network's, or values are whole or not finite.
     """
     state = content.get("model", content)
     mine = model.state_dict()

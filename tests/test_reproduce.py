@@ -191,6 +191,9 @@ def test_a_pattern_without_a_star_is_told_of_it(capsys):
     with pytest.raises(SystemExit):
         main(ROOT, ["mnist", "--rows", "linear"])
     assert "no row matches 'linear' (is '*linear*' meant?); rows are" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # SVHN has none
+        main(ROOT, ["svhn", "--rows", "linear"])
+    assert "no row matches 'linear'; rows are svhn" in capsys.readouterr().err
 
 
 def test_absent_data_is_said_once_before_any_run(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import threading
 import pytest
 from processes import start
 
-from pcdeq.experiments.signals import NUMBERS, Interrupted, Leaving, Signals, default_signals
+from pcdeq.experiments.signals import NUMBERS, Interrupted, Leaving, Signals, handled_by
 
 ONE_LONG_OPERATION = """
 import hashlib
@@ -75,7 +75,7 @@ def test_a_wait_outside_of_python_ends_at_the_signal_itself():
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         with Leaving() as leaving:
-            with default_signals():
+            with handled_by(signal.SIG_DFL):
                 handlers = {number: signal.getsignal(number) for number in NUMBERS}
             assert signal.getsignal(signal.SIGTERM) is leaving
     finally:

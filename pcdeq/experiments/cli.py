@@ -16,7 +16,7 @@ import torch
 
 from pcdeq.activations import allowed
 from pcdeq.experiments.config import RunConfig
-from pcdeq.experiments.errors import RunError
+from pcdeq.experiments.errors import RunError, reason
 from pcdeq.experiments.flags import (
     add_data,
     add_help,
@@ -142,7 +142,7 @@ def _sentence(error: Exception) -> str:
         return "whoever read the output has gone"
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
-        return place + (error.strerror or str(error) or type(error).__name__)
+        return place + reason(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "CPUAllocator" in str(error):
         return f"out of memory, a smaller batch (-b) may fit: {error}"
     return ""

@@ -17,7 +17,7 @@ try:
 except ImportError:  # Windows: no locks
     fcntl = None
 
-from pcdeq.experiments.errors import RunError
+from pcdeq.experiments.errors import RunError, reason
 
 
 def write_whole(path: Path, data: bytes, *, obsolete: Path | None = None) -> None:
@@ -66,8 +66,7 @@ def check_writable(folder: Path) -> None:
                 ) from None
             continue
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ValueError(f"{str(folder)!r} cannot be written: {reason}") from None
+            raise ValueError(f"{str(folder)!r} cannot be written: {reason(error)}") from None
         if not stat.S_ISDIR(mode):
             raise ValueError(f"{folder} cannot be written: {place} is not a folder")
         if not os.access(place, os.W_OK | os.X_OK):

@@ -14,7 +14,7 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from pcdeq.experiments.errors import DataError, shortened
+from pcdeq.experiments.errors import DataError, reason, shortened
 
 Labelled = tuple[Tensor, Tensor]  # images uint8 (N, C, H, W), labels int64 (N,)
 
@@ -49,7 +49,7 @@ def test_folder(folder: Path, shape: tuple[int, int, int]) -> tuple[Labelled, tu
 
 
 class _Folder(datasets.ImageFolder):
-    """torchvision's, but for hidden folders, which are no classes."""
+    """torchvision's, but for folders that are hidden, which are no classes, or cannot be read."""
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         folders = (entry.name for entry in os.scandir(directory) if entry.is_dir())
@@ -73,9 +73,10 @@ def _list_images(folder: Path) -> datasets.ImageFolder:
     def is_image(path: str) -> bool:
         if any(part[0] == "." for part in Path(path).relative_to(folder).parts):
             return False  # hidden, as what macOS and notebooks leave
-        if not path.lower().endswith(IMG_EXTENSIONS):
+        known = path.lower().endswith(IMG_EXTENSIONS)
+        if not known:
             others.append(path)
-        return path.lower().endswith(IMG_EXTENSIONS)
+        return known
 
     endings = f"images end in {', '.join(IMG_EXTENSIONS)}"
     try:
@@ -102,10 +103,9 @@ def _decode(listed: datasets.ImageFolder, shape: tuple[int, int, int]) -> Labell
                     )
                 image = file.convert("L" if channels == 1 else "RGB")
         except Exception as error:  # PIL's decoders raise whatever they meet
-            reason = getattr(error, "strerror", None) or error
-            if isinstance(error, UnidentifiedImageError):
-                reason = "PIL knows no such format"
-            raise DataError(f"{path} cannot be read as an image: {reason}") from error
+            unknown = isinstance(error, UnidentifiedImageError)  # whose text names the path again
+            why = "PIL knows no such format" if unknown else reason(error)
+            raise DataError(f"{path} cannot be read as an image: {why}") from error
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         images[index] = np.asarray(image).reshape(height, width, channels)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -23,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pcdeq.experiments.errors import RunError
-from pcdeq.experiments.signals import default_signals
+from pcdeq.experiments.errors import RunError, reason
+from pcdeq.experiments.signals import handled_by
 
 # How gloo and nccl put it when the other end is gone.
 _LOST = re.compile(r"gloo|nccl|connection|peer|socket|broken pipe", re.IGNORECASE)
@@ -173,12 +174,12 @@ def join(device: str) -> Iterator[Processes]:
         if place.type == "cuda":
             torch.cuda.set_device(place)
     except (RuntimeError, AssertionError) as error:
-        raise RunError(f"the device {place} cannot be used: {first_line(error)}") from None
+        raise RunError(f"the device {place} cannot be used: {reason(error)}") from None
     if world > 1 and place.type not in ("cuda", "cpu"):
         raise RunError(f"several processes need --device cuda or cpu, not {place.type}")
     try:
         if world > 1:
-            with default_signals():  # waits for the others, who may have met a usage error
+            with handled_by(signal.SIG_DFL):  # waits for the others, who may have met a usage error
                 dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
         yield Processes(place, rank, world, local_rank)
         if world > 1:
@@ -189,11 +190,6 @@ def join(device: str) -> Iterator[Processes]:
         if world > 1 and not isinstance(error, RunError) and _LOST.search(str(error)):
             raise RunError(
                 f"process {rank} of {world} lost another one, whose output may say why; --resume "
-                f"goes on from the last complete epoch ({first_line(error)})"
+                f"goes on from the last complete epoch ({reason(error)})"
             ) from None
         raise
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text: torch's go on with advice for programmers."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

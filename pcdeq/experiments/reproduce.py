@@ -56,15 +56,12 @@ def main(root: Path, argv: Sequence[str] | None = None) -> None:
     parser.set_defaults(**dict.fromkeys(OPTIONS))
     given = parser.parse_args(argv)
     args.default_solver = all(getattr(given, name) is None for name in OPTIONS)
-    recipes = [
-        recipe
-        for recipe in ROWS
-        if args.dataset in (recipe.dataset, "all", None) and _matches(recipe, args.rows)
-    ]
+    rows = [recipe for recipe in ROWS if args.dataset in (recipe.dataset, "all", None)]
+    recipes = [recipe for recipe in rows if _matches(recipe, args.rows)]
     if not recipes:
-        wider = f"*{args.rows}*"
-        meant = f" (is {wider!r} meant?)" if any(_matches(recipe, wider) for recipe in ROWS) else ""
-        parser.error(f"no row matches {args.rows!r}{meant}; {_names(args.dataset)}")
+        wider, names = f"*{args.rows}*", ", ".join(recipe.name for recipe in rows)
+        meant = f" (is {wider!r} meant?)" if any(_matches(recipe, wider) for recipe in rows) else ""
+        parser.error(f"no row matches {args.rows!r}{meant}; rows are {names}")
     results = Path(args.results or os.path.relpath(root / "results"))
     own = results.resolve() == root.resolve() / "results"
     if args.collect:
@@ -119,11 +116,6 @@ def _matches(recipe: Recipe, pattern: str) -> bool:
     return any(fnmatch(name, pattern) for name in (recipe.name, recipe.name.split("_", 1)[1]))
 
 
-def _names(dataset: str | None) -> str:
-    names = [recipe.name for recipe in ROWS if dataset in (recipe.dataset, "all", None)]
-    return "rows are " + ", ".join(names)
-
-
 def _run(
     args: argparse.Namespace, recipes: list[Recipe], results: Path, root: Path, own: bool
 ) -> None:
@@ -133,12 +125,16 @@ def _run(
     asked = [(recipe, seed) for recipe in recipes for seed in range(args.seeds)]
     _note_others(whole, asked, args)
     missing = [
-        (recipe, seed, results / "runs" / f"{recipe.name}_seed{seed}")
+        (
+            recipe,
+            seed,
+            results / "runs" / f"{recipe.name}_seed{seed}",
+            _options(args, recipe.name, whole),
+        )
         for recipe, seed in asked
         if (recipe.name, seed) not in have
     ]
-    options = {recipe: _options(args, recipe.name, whole) for recipe, _, _ in missing}
-    jobs = [_job(*run, root, options[run[0]]) for run in missing]
+    jobs = [_job(*run, root) for run in missing]
     if not jobs:
         print(
             f"nothing to do: {results} holds all {len(asked)} results of {len(recipes)} row(s); "
@@ -147,13 +143,13 @@ def _run(
         )
         return
     for run in missing:
-        _check(*run, options[run[0]])
+        _check(*run)
     if args.list:
         with contextlib.suppress(BrokenPipeError):  # `| head -1` leaves early
             for job in jobs:
                 print(shlex.join(job.command))
         return
-    _fetch({recipe.dataset for recipe, _, _ in missing}, args)
+    _fetch({recipe.dataset for recipe, *_ in missing}, args)
     threads = share(args.jobs)
     linear = ", the linear ones with 1" * any(job.serial for job in jobs) * (threads > 1)
     print(f"{len(jobs)} run(s), {args.jobs} at a time, {threads} thread(s) each{linear}")
@@ -223,7 +219,7 @@ def _check(recipe: Recipe, seed: int, folder: Path, options: dict[str, object]) 
         raise RunError(f"{error}{way_out * begun}") from None
 
 
-def _job(recipe: Recipe, seed: int, folder: Path, root: Path, options: dict[str, object]) -> Job:
+def _job(recipe: Recipe, seed: int, folder: Path, options: dict[str, object], root: Path) -> Job:
     script, *words = train_command(recipe, seed, options)
     script = os.path.relpath(root / script)
     command = (_python(), script, *words, "--out", str(folder), "--resume")

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from pcdeq.experiments.config import FLAGS, RunConfig, differences
-from pcdeq.experiments.errors import RunError
+from pcdeq.experiments.errors import RunError, reason
 from pcdeq.experiments.files import check_writable, make_and_lock, temporary, write_whole
 from pcdeq.experiments.parallel import position
 from pcdeq.weights import CheckpointError, read_checkpoint
@@ -94,8 +94,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RunError(f"{path} cannot be read: {reason}") from None
+        raise RunError(f"{path} cannot be read: {reason(error)}") from None
     kinds = {"epochs": int, "earlier": list}
     if (
         not isinstance(config, dict)

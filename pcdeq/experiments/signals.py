@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
@@ -30,6 +30,26 @@ class Interrupted(Exception):
         self.status = 128 + number
 
 
+@contextmanager
+def handled_by(
+    handler: Callable[[int, FrameType | None], None] | signal.Handlers,
+) -> Iterator[None]:
+    """The context in which another handler hears the signals; those ignored outside stay ignored.
+
+    With ``signal.SIG_DFL`` a signal just ends the process, as in a wait outside of Python, where no
+    handler would be called.
+    """
+    before = {number: signal.getsignal(number) for number in NUMBERS if _is_main()}
+    heard = {n: old for n, old in before.items() if old not in (signal.SIG_IGN, None)}
+    for number in heard:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in heard.items():
+            signal.signal(number, old)
+
+
 class Leaving:
     """The context in which a signal ends the process at once, as while imports or data are loaded.
 
@@ -45,38 +65,18 @@ class Leaving:
         self.number = 0
 
     def __enter__(self) -> Leaving:
-        handlers = {number: signal.getsignal(number) for number in NUMBERS if _is_main()}
-        self._before = {n: h for n, h in handlers.items() if h not in (signal.SIG_IGN, None)}
-        for number in self._before:
-            signal.signal(number, self)
+        self._handled = handled_by(self)
+        self._handled.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._handled.__exit__(None, None, None)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         sys.exit(128 + number)
-
-
-@contextmanager
-def default_signals() -> Iterator[None]:
-    """The context of a wait outside of Python, where no handler is called: a signal just ends it.
-
-    One that was to be ignored stays so.
-    """
-    handlers = {number: signal.getsignal(number) for number in NUMBERS if _is_main()}
-    mine = {n: handler for n, handler in handlers.items() if callable(handler)}
-    for number in mine:
-        signal.signal(number, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        for number, handler in mine.items():
-            signal.signal(number, handler)
 
 
 class Signals:

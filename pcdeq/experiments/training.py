@@ -15,9 +15,9 @@ import torch
 from pcdeq.experiments import data, machine
 from pcdeq.experiments.config import RunConfig
 from pcdeq.experiments.data import ImageSet
-from pcdeq.experiments.errors import RunError
+from pcdeq.experiments.errors import RunError, reason
 from pcdeq.experiments.evaluation import BATCH_SIZE, evaluate
-from pcdeq.experiments.parallel import Processes, first_line, join
+from pcdeq.experiments.parallel import Processes, join
 from pcdeq.experiments.runs import BEST, CERTIFICATES, LAST, Run, best_of
 from pcdeq.experiments.signals import Signals
 from pcdeq.experiments.trainer import Trainer, progress
@@ -217,7 +217,7 @@ def _restore(trainer: Trainer, test_set: ImageSet, checkpoint: dict[str, Any], p
     try:
         trainer.optimizer.load_state_dict(checkpoint["training"]["optimizer"])
     except Exception as error:  # of whatever kind: the file is whole, but not one of ours
-        raise CheckpointError(f"{path} does not fit this run: {first_line(error)}") from None
+        raise CheckpointError(f"{path} does not fit this run: {reason(error)}") from None
 
 
 def _certify(
